@@ -1,0 +1,42 @@
+# Two commands matter: `make quickstart` runs the main job, `make test` passes the tests.
+# Both install everything they need into .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TEACHER := models/smollm2-135m-instruct
+
+.PHONY: install teacher quickstart test check fix bench clean
+
+install: $(VENV)/installed
+
+# torch first and alone: a resolver that meets "torch>=2.8" in another package's metadata
+# would otherwise be free to choose the newest CUDA build.
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+teacher: install
+	$(BIN)/python tools/fetch_teacher.py --out $(TEACHER)
+
+quickstart: teacher
+	$(BIN)/ddkmix train configs/quickstart.yaml
+
+test: teacher
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --quiet
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: teacher
+	$(BIN)/python tools/bench_step.py
+
+clean:
+	rm -rf $(VENV) .cache runs

@@ -1,0 +1,199 @@
+"""The run directory: who may write it, and checkpoints from which a run goes on exactly.
+
+    RUN/config.yaml versions.json            what runs
+    RUN/metrics.jsonl intervals.jsonl        what happened; the same after any interruption
+    RUN/timings.jsonl                        how fast; never the same twice
+    RUN/checkpoints/step-000040/             parameters, optimizer and random state (Accelerate), state.json
+    RUN/student/                             the result, written last
+
+A checkpoint is written under a hidden name and renamed when whole and on disk. Tensors are safetensors;
+the optimizer's file is loaded with weights_only.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ddkmix.config import RunConfig, dump_config
+from ddkmix.errors import RunError
+from ddkmix.fingerprint import write_atomically
+
+_MAY_CHANGE = ("loader", "tracking", "run_dir", "cache_dir")
+"""Sections that change neither the data nor the arithmetic."""
+_MAY_CHANGE_IN_TRAINER = ("checkpoint_steps", "keep_checkpoints")
+
+
+def open_run(config: RunConfig, *, resume: bool) -> Path | None:
+    """Create the run directory, or find the checkpoint to resume from.
+
+    Returns:
+        The newest checkpoint, or None to start at step 0 (a new run, or one that was stopped before its
+        first checkpoint).
+
+    Raises:
+        RunError: the directory holds another run, or a run and `resume` is not given, or is not a run.
+    """
+    run_dir = config.run_dir
+    saved = run_dir / "config.yaml"
+    if saved.exists():
+        if not resume:
+            raise RunError(f"{run_dir} already holds a run; go on with --resume, or choose another run_dir.")
+        _check_same(config, saved)
+        remove_partial(run_dir)
+        return latest_checkpoint(run_dir)
+    if resume:
+        raise RunError(f"{run_dir} holds no run to resume (no config.yaml); leave --resume out to start.")
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise RunError(f"{run_dir} exists and is not a run; choose another run_dir or empty it.")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_dir / "versions.json", json.dumps(_versions(), indent=1))
+    write_atomically(saved, yaml.safe_dump(dump_config(config), sort_keys=False, allow_unicode=True))
+    return None
+
+
+def read_run_config(run_dir: Path) -> dict[str, Any]:
+    """The resolved config tree of a run.
+
+    Raises:
+        RunError: the folder is not a run.
+    """
+    try:
+        tree: dict[str, Any] = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    except OSError:
+        raise RunError(f"{run_dir} is not a run directory (no config.yaml).") from None
+    return tree
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    found = sorted((run_dir / "checkpoints").glob("step-*"), key=_step_of)
+    return found[-1] if found else None
+
+
+def remove_partial(run_dir: Path) -> None:
+    """Delete what an interrupted save left behind."""
+    for path in (run_dir / "checkpoints").glob(".partial-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def save_checkpoint(accelerator: Any, run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
+    """Write a checkpoint of everything that Accelerate prepared and of `state`, then prune old ones.
+
+    Args:
+        accelerator: all ranks call this together.
+        run_dir: the run.
+        state: JSON-able; `state["step"]` is the number of completed steps.
+        keep: checkpoints to keep.
+
+    Raises:
+        RunError: it cannot be written; older checkpoints are untouched and no part of this one remains.
+    """
+    name = f"step-{state['step']:06d}"
+    final, partial = (run_dir / "checkpoints" / text for text in (name, f".partial-{name}"))
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (partial / "state.json").write_text(json.dumps(state))
+            for path in (*partial.rglob("*"), partial):
+                _sync(path)
+            if final.exists():  # resumed exactly here: the same content again
+                shutil.rmtree(final)
+            partial.replace(final)
+            _sync(final.parent)
+            prune(run_dir, keep)
+    except Exception as error:  # torch and safetensors raise their own types for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = " ".join(str(error).split())[:200]
+        last = latest_checkpoint(run_dir)
+        way = f"go on from {last.name} with --resume" if last else "start again with --resume"
+        raise RunError(
+            f"checkpoint {final} cannot be written ({reason}); nothing of it was kept. "
+            f"Free space, then {way}."
+        ) from error
+    accelerator.wait_for_everyone()
+    return final
+
+
+def load_checkpoint(accelerator: Any, path: Path) -> dict[str, Any]:
+    """Load what `save_checkpoint` wrote; returns its `state`.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        accelerator.load_state(str(path))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(
+            f"checkpoint {path} cannot be read ({reason}); delete that folder and resume from an older one."
+        ) from error
+    return state
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    for path in sorted((run_dir / "checkpoints").glob("step-*"), key=_step_of)[:-keep]:
+        doomed = path.with_name(f".partial-{path.name}")
+        path.replace(doomed)  # first out of sight: a half-deleted checkpoint must not be found
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _check_same(config: RunConfig, saved: Path) -> None:
+    old, new = yaml.safe_load(saved.read_text(encoding="utf-8")), dump_config(config)
+    for key, was, now in _differences(old, new):
+        top, *rest = key
+        if top in _MAY_CHANGE or (top == "trainer" and rest and rest[0] in _MAY_CHANGE_IN_TRAINER):
+            continue
+        raise RunError(
+            f"{saved.parent} holds another run: {'.'.join(key)} was {was!r} and is now {now!r}. Resume with "
+            "the old value, or choose another run_dir."
+        )
+
+
+def _differences(old: Any, new: Any, key: tuple[str, ...] = ()) -> Sequence[tuple[tuple[str, ...], Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            difference
+            for name in [*old, *(n for n in new if n not in old)]
+            for difference in _differences(old.get(name), new.get(name), (*key, name))
+        ]
+    return [] if old == new else [(key, old, new)]
+
+
+def _versions() -> dict[str, str]:
+    import platform
+    from importlib.metadata import version
+
+    packages = (
+        "ddkmix",
+        "torch",
+        "transformers",
+        "accelerate",
+        "tokenizers",
+        "numpy",
+        "safetensors",
+    )
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

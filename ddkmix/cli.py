@@ -1,0 +1,248 @@
+"""The commands. Everything heavy is imported inside them, so that help, lint and plan answer at once.
+
+A mistake of the user's is one line on stderr and exit code 2.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ddkmix.errors import ConfigError, DdkmixError, Interrupted
+
+app = typer.Typer(
+    name="ddkmix",
+    help="Distil a large language model into a small one, with a data mixture that follows the student.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[Path, typer.Argument(help="YAML config.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="key=value for a config field: trainer.steps=20.", show_default=False),
+]
+FormatOption = Annotated[str, typer.Option("--format", help="table, json or markdown.")]
+
+
+@app.command()
+def pack(config: Config, overrides: Overrides = None) -> None:
+    """Turn the documents of a config's domains into rows of tokens."""
+    from ddkmix.domains import load_domains
+    from ddkmix.pack import pack_domains, pack_report
+    from ddkmix.tokenizer import read_tokenizer
+    from ddkmix.tracking import progress_bar
+
+    run = _load(config, overrides)
+    tokenizer = read_tokenizer(run.teacher.model, revision=run.teacher.revision, separator=run.pack.separator)
+    with progress_bar("pack", total=None, shown=True) as bar:
+        packed = pack_domains(
+            load_domains(run.domains),
+            tokenizer,
+            seq_len=run.pack.seq_len,
+            cache_dir=run.cache_dir,
+            processes=run.pack.processes,
+            on_shard=lambda done, total: bar.update(done, total=total),
+        )
+    for name, splits in pack_report(packed).items():
+        for split, facts in splits.items():
+            dropped = ", ".join(f"{n} {why}" for why, n in facts["dropped"].items()) or "none"
+            print(
+                f"{name:14} {split:9} {facts['documents']:7,} documents  {facts['rows']:8,} rows  "
+                f"{facts['tokens']:11,} tokens  {facts['bytes_per_token']:.2f} bytes/token  dropped: {dropped}"
+            )
+
+
+@app.command()
+def lint(config: Config, overrides: Overrides = None) -> None:
+    """Check everything that a config names, without loading a model."""
+    from ddkmix.preflight import check
+
+    prepared = check(_load(config, overrides))
+    shards = sum(len(domain.train) + len(domain.held_out) for domain in prepared.domains)
+    print(
+        f"{config}: fine. {len(prepared.domains)} domains, {shards} shards, tokenizer "
+        f"{prepared.tokenizer.name} ({prepared.tokenizer.vocab_size:,} tokens)."
+    )
+
+
+@app.command()
+def plan(config: Config, overrides: Overrides = None) -> None:
+    """Show what a run will serve: rows, tokens and epochs per domain, and memory."""
+    from ddkmix.loader import DomainMixture
+    from ddkmix.pack import pack_domains
+    from ddkmix.policies import next_state, weights_of
+    from ddkmix.preflight import check, dummy_losses
+    from ddkmix.report.plan import render_plan
+
+    run = _load(config, overrides)
+    prepared = check(run)
+    packed = pack_domains(
+        prepared.domains,
+        prepared.tokenizer,
+        seq_len=run.pack.seq_len,
+        cache_dir=run.cache_dir,
+        processes=run.pack.processes,
+    )
+    mixture = DomainMixture(
+        {name: domain.train for name, domain in packed.items()},
+        batch_rows=run.trainer.batch_rows,
+        max_epochs=run.mixture.max_epochs,
+        on_cap=run.mixture.on_cap,
+    )
+    losses = dummy_losses(mixture.domains)
+    first = next_state(prepared.policy, None, losses, mixture.natural_weights)
+    mixture.set_weights(weights_of(first, losses))
+    print(render_plan(run, packed, mixture))
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint of run_dir.")
+    ] = False,
+) -> None:
+    """Distil: measure the gaps, follow them with the mixture, save the student."""
+    run = _load(config, overrides)
+    _quiet_libraries()
+    from ddkmix.report.gaps import render_gaps
+    from ddkmix.setup import train as train_run
+
+    def show(step: int, losses: Any, weights: dict[str, float]) -> None:
+        if step in (0, run.trainer.steps):
+            title = f"step {step:,}"
+            print(
+                render_gaps(losses, weights, "table", title=title, weights_title="weight"),
+                flush=True,
+            )
+
+    train_run(run, resume=resume, on_losses=show)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"student: {run.run_dir / 'student'}    history: ddkmix show {run.run_dir}")
+
+
+@app.command()
+def gaps(
+    config: Annotated[Path | None, typer.Argument(help="YAML config.", show_default=False)] = None,
+    overrides: Overrides = None,
+    student: Annotated[
+        str | None, typer.Option(help="Folder or Hub id; the config's student when unset.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Folder or Hub id.")] = None,
+    domains: Annotated[str | None, typer.Option(help="Cards: a file, glob or folder.")] = None,
+    style: FormatOption = "table",
+) -> None:
+    """Report how far a student is from a teacher in each domain."""
+    _check_format(style)
+    if config is not None and "=" in config.name and not config.exists():
+        overrides, config = [str(config), *(overrides or [])], None
+    run = _gaps_config(config, overrides, student, teacher, domains)
+    _quiet_libraries()
+    from ddkmix.policies.ddk import Ddk
+    from ddkmix.report.gaps import ddk_weights, render_gaps
+    from ddkmix.setup import measure_gaps
+
+    losses, policy = measure_gaps(run)
+    weights = ddk_weights(losses, policy if isinstance(policy, Ddk) else None)
+    print(render_gaps(losses, weights, style))  # type: ignore[arg-type]  # checked above
+
+
+@app.command()
+def show(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory.", show_default=False)],
+    style: FormatOption = "table",
+) -> None:
+    """Show a run's history: gaps, weights, rows served, epochs."""
+    from ddkmix.report.history import render_history
+
+    _check_format(style)
+    print(render_history(run_dir, style))  # type: ignore[arg-type]  # checked above
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; exit code 0, 2 for a user's mistake, 130 after an interruption."""
+    try:
+        app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+    except Interrupted as error:
+        print(f"ddkmix: {error}", file=sys.stderr)
+        sys.exit(130)
+    except DdkmixError as error:
+        print(f"ddkmix: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "exit_code"):  # not one of click's own usage errors
+            raise
+        error.show() if hasattr(error, "show") else print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _load(config: Path, overrides: Sequence[str] | None) -> Any:
+    from ddkmix.config import load_config
+
+    return load_config(config, overrides or [])
+
+
+def _check_format(style: str) -> None:
+    if style not in ("table", "json", "markdown"):
+        raise ConfigError(f"--format {style}: must be table, json or markdown.")
+
+
+def _gaps_config(
+    config: Path | None,
+    overrides: Sequence[str] | None,
+    student: str | None,
+    teacher: str | None,
+    domains: str | None,
+) -> Any:
+    """A config for `gaps`: the given one, or one made of the options, with the options on top."""
+    from ddkmix.config import load_config, parse_overrides
+
+    extra = []
+    if student is not None:
+        extra += [
+            "student.init=load",
+            "student.layers=null",
+            f"student.model={json.dumps(student)}",
+        ]
+    if teacher is not None:
+        extra.append(f"teacher.model={json.dumps(teacher)}")
+    if domains is not None:
+        extra.append(f"domains={json.dumps([domains])}")
+    if config is not None:
+        return load_config(config, [*(overrides or []), *extra])
+    missing = [
+        name
+        for name, value in (("--student", student), ("--teacher", teacher), ("--domains", domains))
+        if value is None
+    ]
+    if missing:
+        raise ConfigError(f"gaps needs a CONFIG, or {' and '.join(missing)} as well.")
+    base = {"run_dir": "unused", "trainer": {"steps": 1}, "teacher": {}, "student": {}}
+    return parse_overrides(base, [*extra, *(overrides or [])], where="the options")
+
+
+def _quiet_libraries() -> None:
+    """Model loading prints bars and hints that say nothing about the run."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from logging import getLogger
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # says at every checkpoint that tied weights are saved once, as they should be
+    getLogger("accelerate.utils.other").setLevel("ERROR")

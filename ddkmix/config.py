@@ -1,0 +1,322 @@
+"""The whole run as one strict, frozen tree. Reading `RunConfig` tells what a run can be told.
+
+YAML file -> dotted overrides (`trainer.steps=20`) -> checks -> `RunConfig`. The resolved tree is written
+into the run directory. Paths are relative to the working directory. The parameters of the policy and of
+the losses belong to their own dataclasses (`ddkmix/policies`, `ddkmix/losses`), which check them.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ddkmix.errors import ConfigError, did_you_mean
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A part of the config: frozen, and a key that it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Named(BaseModel):
+    """`name` and the parameters of a policy or a loss, which checks them itself."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+
+class Teacher(Section):
+    """The model to learn from."""
+
+    model: str
+    """Local folder or Hub id."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    dtype: Dtype = "bfloat16"
+    """Parameters are loaded in this type; the teacher is never trained."""
+
+
+class Student(Section):
+    """The model to train: pruned from the teacher, built from a config, or loaded."""
+
+    init: Literal["prune", "config", "load"]
+    """`prune`: the teacher with only `layers`. `config`: random parameters. `load`: `model` as it is."""
+    layers: tuple[Count, ...] | None = None
+    """For `prune`: teacher layers to keep, counted from 0, in order."""
+    model: str | None = None
+    """For `load`: local folder or Hub id. For `config`: where the base config comes from (or the teacher)."""
+    revision: str | None = None
+    """Hub revision of `model`."""
+    overrides: dict[str, int | float | bool | str] = {}
+    """For `config`: fields of the transformers config to change (`num_hidden_layers: 6`)."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.init == "prune" and not self.layers:
+            raise ValueError("init = 'prune' needs `layers`, the teacher layers to keep")
+        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers = {list(self.layers)} must increase without repeats")
+        if self.init == "load" and self.model is None:
+            raise ValueError("init = 'load' needs `model`, a local folder or a Hub id")
+        return self
+
+
+class Pack(Section):
+    """How documents become rows."""
+
+    seq_len: Annotated[int, Field(ge=2)] = 2048
+    """Tokens in a row."""
+    separator: str | None = None
+    """Token between documents; the tokenizer's end-of-sequence token when unset."""
+    processes: Count = 0
+    """Parallel processes; 0 means one per core."""
+
+
+class Mixture(Section):
+    """Which domain serves which row, and what happens when one is used up."""
+
+    interval_steps: PositiveInt = 1000
+    """Optimizer steps between weight updates (DDK's K)."""
+    max_epochs: Positive | None = None
+    """Passes allowed over any domain; a card's own limit wins where it is smaller."""
+    on_cap: Literal["renormalize", "stop", "error"] = "renormalize"
+    """At a domain's limit: share its weight among the others, end the run, or fail."""
+    block_rows: PositiveInt = 8192
+    """Rows are permuted inside blocks of this many; larger mixes better, smaller reads more locally."""
+
+
+class Optimizer(Section):
+    """AdamW."""
+
+    lr: Positive = 3e-5
+    """Peak learning rate."""
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
+    """Applied to matrices; not to norms and biases."""
+    max_grad_norm: NonNegative = 1.0
+    """Gradients are clipped to this global norm; 0 switches clipping off."""
+
+
+class Schedule(Section):
+    """The learning rate as a multiple of its peak."""
+
+    name: Literal["cosine", "wsd", "constant"] = "cosine"
+    """`wsd`: warm-up, stable, then a cosine decay over the last `decay_steps`."""
+    warmup_steps: Count = 0
+    """Linear warm-up from 0."""
+    decay_steps: Count = 0
+    """Length of the decay; only for `wsd`."""
+    final_ratio: Share = 0.1
+    """Learning rate of the last step as a share of the peak."""
+
+
+class Loader(Section):
+    """How rows are read. No setting here changes which rows are served."""
+
+    workers: Count = 0
+    """Reader processes per rank."""
+    prefetch_steps: PositiveInt = 2
+    """Steps that each worker reads ahead."""
+
+
+class Evaluation(Section):
+    """Held-out losses per domain."""
+
+    rows: PositiveInt = 500
+    """Held-out rows per domain (DDK: 500); all of them where a domain has fewer."""
+    batch_rows: PositiveInt = 8
+    """Rows in a forward pass."""
+
+
+class Trainer(Section):
+    """The loop."""
+
+    steps: PositiveInt
+    """Optimizer steps of the whole run."""
+    batch_rows: PositiveInt = 128
+    """Rows in an optimizer step, over all ranks and micro-batches."""
+    microbatch_rows: PositiveInt | None = None
+    """Rows in one forward and backward pass of one rank; unset means all of the rank's rows."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """`bf16`: the student computes in bfloat16 over float32 parameters."""
+    logits_chunk_tokens: PositiveInt = 256
+    """Tokens whose logits exist at one time."""
+    gradient_checkpointing: bool = False
+    """Recompute the student's activations in the backward pass."""
+    checkpoint_steps: PositiveInt = 1000
+    """Steps between checkpoints; the last step always writes one."""
+    keep_checkpoints: PositiveInt = 2
+    """Older checkpoints are deleted."""
+    log_steps: PositiveInt = 10
+    """Steps between lines of metrics.jsonl."""
+
+
+class Tracking(Section):
+    """Experiment trackers beside the JSONL files, by Accelerate's names."""
+
+    trackers: tuple[str, ...] = ()
+    """For example [tensorboard], [wandb], [trackio]; each must be installed."""
+    project: str = "ddkmix"
+
+
+class RunConfig(Section):
+    """A run."""
+
+    run_dir: Path
+    """Everything that the run writes goes here."""
+    domains: tuple[str, ...]
+    """Domain cards: files, globs or folders of cards."""
+    teacher: Teacher
+    student: Student
+    trainer: Trainer
+    seed: int = 0
+    """Seeds the order of the rows and, for `init: config`, the student's parameters."""
+    cache_dir: Path = Path(".cache/ddkmix")
+    """Packed rows and teacher losses, shared by runs."""
+    pack: Pack = Pack()
+    mixture: Mixture = Mixture()
+    policy: Named = Named(name="ddk")
+    loss: tuple[Named, ...] = (
+        Named.model_validate({"name": "cross_entropy", "weight": 1.0}),
+        Named.model_validate({"name": "forward_kl", "weight": 0.2, "temperature": 1.0}),
+    )
+    """Weighted sum of losses; DDK: cross-entropy + 0.2 x KL(teacher || student) at temperature 1."""
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    loader: Loader = Loader()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.schedule.warmup_steps > self.trainer.steps:
+            raise ValueError(
+                f"schedule.warmup_steps = {self.schedule.warmup_steps} is more than "
+                f"trainer.steps = {self.trainer.steps}; warm up for less or train for longer"
+            )
+        if self.schedule.name == "wsd" and self.schedule.decay_steps == 0:
+            raise ValueError("schedule.name = 'wsd' needs schedule.decay_steps >= 1")
+        if self.schedule.name != "wsd" and self.schedule.decay_steps:
+            raise ValueError(
+                f"schedule.decay_steps = {self.schedule.decay_steps} has no effect with "
+                f"schedule.name = {self.schedule.name!r}; remove it or use 'wsd'"
+            )
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML config and apply `key=value` overrides.
+
+    Raises:
+        ConfigError: the file, a key or a value is wrong; the message names it and the rule.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config; give the path of a YAML file.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}; a config is a mapping of sections.")
+    return parse_overrides(tree, overrides, where=str(path))
+
+
+def parse_overrides(tree: dict[str, Any], overrides: Sequence[str], *, where: str) -> RunConfig:
+    """A config tree with `key=value` overrides on top, checked.
+
+    Raises:
+        ConfigError: the first thing that is wrong.
+    """
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree, where=where)
+
+
+def parse_config(tree: dict[str, Any], *, where: str) -> RunConfig:
+    """A config tree, checked.
+
+    Raises:
+        ConfigError: the first thing that is wrong.
+    """
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, where)) from None
+
+
+def dump_config(config: RunConfig) -> dict[str, Any]:
+    """The resolved config as plain YAML-able values; `parse_config` reads it back unchanged."""
+    tree: dict[str, Any] = config.model_dump(mode="json")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} must be key=value, as in trainer.steps=20.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value.") from None
+    *parents, last = key.split(".")
+    node: Any = tree
+    for part in parents:
+        node = _child(node, part, override)
+    if isinstance(node, list):
+        node[_position(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _child(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_position(node, part, override)]
+    if node.get(part) is None:
+        node[part] = {}
+    if not isinstance(node[part], dict | list):
+        raise ConfigError(f"override {override!r}: {part} is the value {node[part]!r}, not a section.")
+    return node[part]
+
+
+def _position(node: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"override {override!r}: {part!r} must be a position from 0 to {len(node) - 1}.")
+    return int(part)
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    parts = [str(part) for part in first["loc"]]
+    key = ".".join(parts)
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(parts[:-1])
+        prefix = "".join(f"{part}." for part in parts[:-1])
+        return f"unknown key {key} in {where}; {did_you_mean(key, [prefix + name for name in known])}"
+    if first["type"] == "missing":
+        return f"{key} is missing in {where}; it has no default."
+    rule = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{key + ': ' if key else ''}{rule} (in {where})."
+    return f"{key} = {first['input']!r} in {where}; {rule[0].lower()}{rule[1:]}."
+
+
+def _fields_at(parts: Sequence[str]) -> list[str]:
+    section: type[BaseModel] = RunConfig
+    for part in parts:
+        annotation = section.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        section = annotation
+    return list(section.model_fields)

@@ -1,0 +1,70 @@
+"""The student with its objective inside its forward pass.
+
+DDP, FSDP and ZeRO act through hooks on the wrapped module's forward. The output layer is used here, inside
+it, and never by its parameters from outside, so those hooks see every use.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ddkmix.batch import DenseSignal
+from ddkmix.loader import IGNORE
+from ddkmix.losses import LossTerm
+from ddkmix.losses.chunked import chunked_objective
+from ddkmix.models import head_of, hidden_states
+
+
+class DistillationModel(nn.Module):
+    """A student that returns the distillation objective instead of logits."""
+
+    def __init__(self, student: nn.Module, *, vocab_size: int | None = None, chunk_tokens: int = 256) -> None:
+        super().__init__()
+        head_of(student)  # refuses a model that cannot be split, before training starts
+        self.student = student
+        self._vocab_size, self._chunk_tokens = vocab_size, chunk_tokens
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        labels: Int[Tensor, "B T"],
+        token_weight: float | Tensor,
+        terms: Sequence[LossTerm],
+        signal: DenseSignal | None = None,
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "terms n"]]:
+        """Objective and per-token losses of a batch.
+
+        Args:
+            input_ids: rows of tokens.
+            labels: the same, unshifted, -100 where there is only padding.
+            token_weight: share of every predicted token in the objective.
+            terms: the losses.
+            signal: what the teacher says; None if no term needs it.
+
+        Returns:
+            The sum over predicted tokens of token_weight x weighted losses, and the detached value of each
+            term at the n predicted tokens, in row order (see `predicted`).
+        """
+        hidden = hidden_states(self.student, input_ids)
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        where = predicted(labels)
+        targets = labels[:, 1:][where]
+        weight = torch.as_tensor(token_weight, dtype=torch.float32, device=hidden.device)
+        return chunked_objective(
+            hidden[:, :-1][where],
+            head_of(self.student, self._vocab_size, check=False),
+            targets,
+            weight.expand(len(targets)),
+            terms,
+            teacher_hidden=None if signal is None else signal.hidden[:, :-1][where],
+            teacher_head=None if signal is None else signal.head,
+            chunk_tokens=self._chunk_tokens,
+        )
+
+
+def predicted(labels: Int[Tensor, "B T"]) -> Tensor:
+    """(B, T-1) bool: position t holds a state that predicts label t + 1."""
+    return labels[:, 1:] != IGNORE

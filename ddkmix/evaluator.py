@@ -1,0 +1,194 @@
+"""Held-out loss of student and teacher per domain.
+
+Nats are summed per row and divided once at the end. Standard errors are over rows, because tokens of one
+row are not independent: with row sums s_r and token counts n_r, the mean is m = sum s / sum n and its
+standard error sqrt(R / (R - 1) sum (s_r - m n_r)^2) / sum n (the linearised ratio estimator). The error of
+the gap pairs student and teacher row by row. The teacher never changes, so its row sums are kept on disk.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ddkmix.distillation import predicted
+from ddkmix.errors import DataError
+from ddkmix.fingerprint import hash_json
+from ddkmix.index import DomainRows, RowReader
+from ddkmix.loader import IGNORE
+from ddkmix.order import DomainOrder, locate
+from ddkmix.types import DomainLosses
+
+TokenNats = Callable[[Tensor, Tensor], Tensor]
+"""(input_ids (B, T), labels (B, T)) -> cross-entropy (n,) of the predicted tokens in row order."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class HeldOut:
+    """The held-out rows that a domain is measured on."""
+
+    rows: DomainRows
+    places: tuple[tuple[int, int], ...]
+    """(shard, row) of each."""
+    num_tokens: Int[np.ndarray, " R"]
+    """Predicted tokens of each row."""
+    num_bytes: Int[np.ndarray, " R"]
+    """Bytes of text that they cover."""
+
+
+def select_rows(rows: DomainRows, limit: int) -> HeldOut:
+    """Up to `limit` held-out rows spread over all shards; the same ones for every run, seed and student.
+
+    Raises:
+        DataError: no row has a token to predict.
+    """
+    order = DomainOrder(
+        domain=rows.domain,
+        shard_rows=tuple(shard.num_rows for shard in rows.shards),
+        seed=0,
+        block_rows=rows.num_rows,
+    )
+    places = sorted(locate(order, j) for j in range(min(limit, rows.num_rows)))
+    places = [(s, r) for s, r in places if rows.shards[s].num_tokens[r] > 1]
+    if not places:
+        raise DataError(f"domain {rows.domain!r}: its held-out rows have no token to predict; add text.")
+    return HeldOut(
+        rows=rows,
+        places=tuple(places),
+        num_tokens=np.array([rows.shards[s].num_tokens[r] - 1 for s, r in places], dtype=np.int64),
+        num_bytes=np.array([rows.shards[s].num_bytes[r] for s, r in places], dtype=np.int64),
+    )
+
+
+def row_nats(
+    held_out: HeldOut,
+    token_nats: TokenNats,
+    *,
+    batch_rows: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Float[Tensor, " R"]:
+    """Cross-entropy summed over each row, float64; rows of other ranks are 0."""
+    reader = RowReader(held_out.rows)
+    sums = torch.zeros(len(held_out.places), dtype=torch.float64)
+    mine = list(range(rank, len(held_out.places), world_size))
+    for start in range(0, len(mine), batch_rows):
+        chosen = mine[start : start + batch_rows]
+        ids = np.stack([reader.read(*held_out.places[i]) for i in chosen]).astype(np.int64)
+        input_ids = torch.from_numpy(ids)
+        valid = torch.from_numpy(held_out.num_tokens[chosen] + 1)
+        labels = input_ids.masked_fill(torch.arange(ids.shape[1]) >= valid[:, None], IGNORE)
+        nats = token_nats(input_ids.to(device), labels.to(device)).double().cpu()
+        row_of = predicted(labels).nonzero()[:, 0]
+        sums[torch.tensor(chosen)] = torch.zeros(len(chosen), dtype=torch.float64).index_add(0, row_of, nats)
+    reader.close()
+    return sums
+
+
+def summarise(
+    held_out: Mapping[str, HeldOut],
+    student: Mapping[str, Float[np.ndarray, " R"]],
+    teacher: Mapping[str, Float[np.ndarray, " R"]],
+) -> DomainLosses:
+    """Row sums of every domain -> losses with their standard errors."""
+    names = tuple(sorted(held_out))
+    means = {name: _mean_and_error(student[name], held_out[name].num_tokens) for name in names}
+    teacher_means = {name: _mean_and_error(teacher[name], held_out[name].num_tokens) for name in names}
+    gaps = {name: _mean_and_error(student[name] - teacher[name], held_out[name].num_tokens) for name in names}
+    return DomainLosses(
+        domains=names,
+        student_loss=np.array([means[name][0] for name in names]),
+        teacher_loss=np.array([teacher_means[name][0] for name in names]),
+        student_error=np.array([means[name][1] for name in names]),
+        gap_error=np.array([gaps[name][1] for name in names]),
+        num_tokens=np.array([held_out[name].num_tokens.sum() for name in names]),
+        num_bytes=np.array([held_out[name].num_bytes.sum() for name in names]),
+    )
+
+
+def _mean_and_error(sums: Float[np.ndarray, " R"], counts: Int[np.ndarray, " R"]) -> tuple[float, float]:
+    total, num_rows = counts.sum(), len(sums)
+    mean = sums.sum() / total
+    if num_rows < 2:
+        return float(mean), float("nan")
+    spread = np.sqrt(num_rows / (num_rows - 1) * ((sums - mean * counts) ** 2).sum())
+    return float(mean), float(spread / total)
+
+
+class NatsCache:
+    """Row sums of one frozen model on disk, one small file per domain, keyed by content."""
+
+    def __init__(self, folder: Path, model: str) -> None:
+        """`model` is the fingerprint of everything about the model that changes its losses."""
+        self._folder, self._model = folder, model
+
+    def load(self, held_out: HeldOut) -> Float[np.ndarray, " R"] | None:
+        """The sums, or None if they are not there or cannot be read."""
+        try:
+            sums: Float[np.ndarray, " R"] = np.load(self._path(held_out), allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        return sums if sums.shape == (len(held_out.places),) else None
+
+    def save(self, held_out: HeldOut, sums: Float[np.ndarray, " R"]) -> None:
+        """Keep the sums; atomic."""
+        path = self._path(held_out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with temporary.open("wb") as file:
+            np.save(file, sums, allow_pickle=False)
+        temporary.replace(path)
+
+    def _path(self, held_out: HeldOut) -> Path:
+        key = hash_json([self._model, held_out.rows.fingerprint, held_out.places])
+        return self._folder / f"{held_out.rows.domain}-{key[:16]}.npy"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Evaluator:
+    """Measures models on the same held-out rows, the rows split over ranks."""
+
+    held_out: Mapping[str, HeldOut]
+    batch_rows: int
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    """Sum over ranks."""
+
+    def sums(
+        self, token_nats: TokenNats, cache: NatsCache | None = None
+    ) -> dict[str, Float[np.ndarray, " R"]]:
+        """Row sums of a model for every domain, taken from the cache and put there if one is given."""
+        result = {}
+        for name, held_out in self.held_out.items():
+            known = cache.load(held_out) if cache else None
+            # all ranks measure or none does: a rank that sees the file late must not wait alone
+            absent = self.reduce(torch.tensor(float(known is None), device=self.device))
+            if known is None or absent.item() > 0:
+                known = self._measure(held_out, token_nats)
+                if cache and self.rank == 0:
+                    cache.save(held_out, known)
+            result[name] = known
+        return result
+
+    def _measure(self, held_out: HeldOut, token_nats: TokenNats) -> Float[np.ndarray, " R"]:
+        sums = row_nats(
+            held_out,
+            token_nats,
+            batch_rows=self.batch_rows,
+            device=self.device,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        return self.reduce(sums.to(self.device)).cpu().numpy()
+
+    def measure(self, student: TokenNats, teacher: Mapping[str, Float[np.ndarray, " R"]]) -> DomainLosses:
+        """The student's losses beside the teacher's row sums."""
+        return summarise(self.held_out, self.sums(student), teacher)

@@ -1,0 +1,81 @@
+"""Fingerprints of files and settings, so that caches are keyed by content and never by place.
+
+Hashing a terabyte at every start would be slow, and trusting size and time alone would let an edited
+shard pass for the old one. So a digest is computed once and remembered beside the file's size and
+modification time (as git's index does).
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ddkmix.errors import DataError
+
+_CHUNK_BYTES = 1 << 20
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 (hex, 64 digits) of a JSON-able value, independent of key order."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 (hex, 64 digits) of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class FileDigests:
+    """SHA-256 of files, remembered in `<cache_dir>/digests.json` by path, size and modification time."""
+
+    def __init__(self, cache_dir: Path) -> None:
+        self._path = cache_dir / "digests.json"
+        self._known: dict[str, list[Any]] = {}
+        if self._path.exists():
+            try:
+                self._known = json.loads(self._path.read_text())
+            except (ValueError, OSError):
+                self._known = {}  # only a cache: a damaged one costs a recomputation
+
+    def of(self, path: Path) -> str:
+        """The digest of one file.
+
+        Raises:
+            DataError: the file does not exist or is empty.
+        """
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            raise DataError(f"{path}: file not found; a fingerprint needs it to exist.") from None
+        if stat.st_size == 0:
+            raise DataError(f"{path}: the file is empty (0 bytes); remove it or write it again.")
+        key, mark = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
+        known = self._known.get(key)
+        if known is None or known[:2] != mark:
+            self._known[key] = [*mark, hash_file(path)]
+        digest: str = self._known[key][2]
+        return digest
+
+    def save(self) -> None:
+        """Write the memory to disk; several processes may do so at once, the last one wins."""
+        write_atomically(self._path, json.dumps(self._known))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small text file so that a reader sees the old text or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

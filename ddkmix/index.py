@@ -1,0 +1,183 @@
+"""Where each packed row lies, and reading one row with one system call.
+
+A packed shard is a WebDataset tar of `.npy` rows (any WebDataset reader opens it) with a small sidecar
+index `<shard>.index.npz`: the byte offset of each row's tokens, how many of them are text, and how many
+bytes of text they predict. One index per shard, never one database.
+"""
+
+import json
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt
+
+from ddkmix.errors import DataError
+
+_OPEN_FILES = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ShardIndex:
+    """One packed shard."""
+
+    path: Path
+    """The tar of rows."""
+    offsets: Int[np.ndarray, " R"]
+    """Byte offset of each row's first token."""
+    num_tokens: Int[np.ndarray, " R"]
+    """Tokens of text and separators in each row; the rest, at the end, is padding."""
+    num_bytes: Int[np.ndarray, " R"]
+    """UTF-8 bytes of the text that the row's predicted tokens (all but its first) cover."""
+    seq_len: int
+    dtype: str
+    """numpy type of a stored token, little-endian ("<u2" or "<u4")."""
+    report: dict[str, Any]
+    """What packing the shard kept and dropped."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the shard."""
+        return len(self.offsets)
+
+
+def index_path(shard: Path) -> Path:
+    """The sidecar of a packed shard."""
+    return shard.with_name(shard.name + ".index.npz")
+
+
+def write_index(index: ShardIndex) -> None:
+    """Write the sidecar; its presence says that the shard is complete."""
+    target = index_path(index.path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    meta = {
+        "seq_len": index.seq_len,
+        "dtype": index.dtype,
+        "tar_bytes": index.path.stat().st_size,
+        "report": index.report,
+    }
+    with temporary.open("wb") as file:
+        np.savez(
+            file,
+            offsets=index.offsets,
+            num_tokens=index.num_tokens,
+            num_bytes=index.num_bytes,
+            meta=np.array(json.dumps(meta)),
+        )
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(target)
+
+
+def read_index(shard: Path) -> ShardIndex:
+    """Read the sidecar of a packed shard and check that the shard is the one it describes.
+
+    Raises:
+        DataError: the sidecar is damaged or the shard's size differs from the recorded one.
+    """
+    sidecar = index_path(shard)
+    try:
+        with np.load(sidecar, allow_pickle=False) as arrays:
+            meta = json.loads(str(arrays["meta"]))
+            index = ShardIndex(
+                path=shard,
+                offsets=arrays["offsets"],
+                num_tokens=arrays["num_tokens"],
+                num_bytes=arrays["num_bytes"],
+                seq_len=meta["seq_len"],
+                dtype=meta["dtype"],
+                report=meta["report"],
+            )
+        size = shard.stat().st_size
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise DataError(f"{sidecar} cannot be read ({error}); delete its folder to pack again.") from None
+    if size != meta["tar_bytes"]:
+        raise DataError(
+            f"{shard} has {size} bytes but was packed with {meta['tar_bytes']}; it is truncated or was "
+            "changed. Delete its folder to pack again."
+        )
+    return index
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class DomainRows:
+    """The packed rows of one split of one domain."""
+
+    domain: str
+    shards: tuple[ShardIndex, ...]
+    fingerprint: str
+    """Changes with the documents, the tokenizer and the packing, and with nothing else."""
+    max_epochs: float | None = None
+    """The card's limit."""
+    prior: float | None = None
+    """The card's share in the natural mixture."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows over all shards."""
+        return sum(shard.num_rows for shard in self.shards)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding over all shards."""
+        return int(sum(shard.num_tokens.sum() for shard in self.shards))
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in a row."""
+        return self.shards[0].seq_len
+
+    def name_of(self, shard: int, row: int) -> str:
+        """The name of a row, the same under every mixture: `code/train-000003.tar#17`."""
+        return f"{self.domain}/{self.shards[shard].path.name}#{row}"
+
+
+class RowReader:
+    """Reads rows of one `DomainRows`; holds at most 64 files open; can be sent to another process."""
+
+    def __init__(self, rows: DomainRows) -> None:
+        self.rows = rows
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"rows": self.rows, "_files": OrderedDict()}
+
+    def read(self, shard: int, row: int) -> UInt[np.ndarray, " T"]:
+        """The `seq_len` tokens of one row, padding included.
+
+        Raises:
+            DataError: the shard ends before the row does.
+        """
+        index = self.rows.shards[shard]
+        itemsize = np.dtype(index.dtype).itemsize
+        data = os.pread(self._file(shard), index.seq_len * itemsize, int(index.offsets[row]))
+        if len(data) != index.seq_len * itemsize:
+            raise DataError(
+                f"{self.rows.name_of(shard, row)}: {len(data)} of {index.seq_len * itemsize} bytes at "
+                f"offset {int(index.offsets[row])} of {index.path}; the shard was cut while in use."
+            )
+        return np.frombuffer(data, dtype=index.dtype)
+
+    def _file(self, shard: int) -> int:
+        if shard in self._files:
+            self._files.move_to_end(shard)
+        else:
+            if len(self._files) >= _OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            path = self.rows.shards[shard].path
+            try:
+                self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise DataError(f"{path} cannot be opened ({error.strerror}).") from None
+        return self._files[shard]
+
+    def close(self) -> None:
+        """Close every file."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()

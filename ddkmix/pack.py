@@ -1,0 +1,338 @@
+"""Documents -> token rows: each shard of documents becomes one WebDataset tar of rows and its index.
+
+    doc doc doc ...  ->  ids <sep> ids <sep> ids ...  ->  row | row | row | row + padding
+
+Documents are concatenated *within one shard of one domain*, so a row belongs to one domain and its name
+does not depend on any mixture. The last row of a shard is padded, never dropped. Train documents that
+also stand in the held-out split are dropped (exact duplicates). Every shard is written under a temporary
+name and renamed when whole: an interrupted run goes on where it stopped.
+"""
+
+import io
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt
+
+from ddkmix.documents import digest, read_documents
+from ddkmix.domains import Domain
+from ddkmix.errors import DataError
+from ddkmix.fingerprint import FileDigests, hash_json
+from ddkmix.index import DomainRows, ShardIndex, index_path, read_index, write_index
+from ddkmix.tokenizer import TokenizerCard
+
+FORMAT = 1
+"""Changes when packing the same documents would give other rows."""
+_BATCH_DOCUMENTS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedDomain:
+    """Both splits of one domain."""
+
+    train: DomainRows
+    held_out: DomainRows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Job:
+    """One shard to pack, as a worker process needs it."""
+
+    documents: Path
+    rows: Path
+    text_field: str
+    tokenizer: Path
+    separator_id: int
+    seq_len: int
+    dtype: str
+    held_out: frozenset[bytes]
+    """Digests of the documents that a train shard must not contain."""
+
+
+def packed_folders(
+    domains: Sequence[Domain], tokenizer: TokenizerCard, seq_len: int, cache_dir: Path
+) -> dict[str, tuple[Path, str]]:
+    """Per domain: the folder that its rows have or will have, and their fingerprint.
+
+    Raises:
+        DataError: a shard is missing or empty, or two have the same content.
+    """
+    digests = FileDigests(cache_dir)
+    seen: dict[str, Path] = {}
+    folders = {}
+    for domain in domains:
+        content = {}
+        for split, shards in (("train", domain.train), ("held_out", domain.held_out)):
+            content[split] = [[path.name, digests.of(path)] for path in shards]
+            for path, (_, sha256) in zip(shards, content[split], strict=True):
+                if sha256 in seen:
+                    raise DataError(
+                        f"{path} has the same content as {seen[sha256]}; a shard belongs to one split of "
+                        "one domain. Remove one of them from its card."
+                    )
+                seen[sha256] = path
+        fingerprint = hash_json(
+            {
+                "format": FORMAT,
+                "domain": domain.name,
+                "text_field": domain.text_field,
+                "tokenizer": tokenizer.fingerprint,
+                "separator_id": tokenizer.separator_id,
+                "seq_len": seq_len,
+                "shards": content,
+            }
+        )
+        folders[domain.name] = (
+            cache_dir / "rows" / f"{domain.name}-{fingerprint[:16]}",
+            fingerprint,
+        )
+    digests.save()
+    return folders
+
+
+def is_packed(domain: Domain, folder: Path) -> bool:
+    """Whether every shard of the domain has its rows and index."""
+    return all(index_path(folder / path.name).exists() for path in (*domain.train, *domain.held_out))
+
+
+def open_packed(domain: Domain, folder: Path, fingerprint: str) -> PackedDomain:
+    """The packed rows of a domain.
+
+    Raises:
+        DataError: a packed shard is damaged, or a split has no rows.
+    """
+    splits = {}
+    for split, shards in (("train", domain.train), ("held_out", domain.held_out)):
+        splits[split] = DomainRows(
+            domain=domain.name,
+            shards=tuple(read_index(folder / path.name) for path in shards),
+            fingerprint=hash_json([fingerprint, split]),
+            max_epochs=domain.max_epochs,
+            prior=domain.prior,
+        )
+        if splits[split].num_rows == 0:
+            raise DataError(f"domain {domain.name!r}: its {split} shards hold no text; add documents.")
+    return PackedDomain(**splits)
+
+
+def pack_domains(
+    domains: Sequence[Domain],
+    tokenizer: TokenizerCard,
+    *,
+    seq_len: int,
+    cache_dir: Path,
+    processes: int = 0,
+    on_shard: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, PackedDomain]:
+    """Pack what the cache lacks and open all of it.
+
+    Args:
+        domains: what to pack.
+        tokenizer: how text becomes ids.
+        seq_len: tokens in a row.
+        cache_dir: rows go to `<cache_dir>/rows/<domain>-<fingerprint>/`.
+        processes: parallel processes; 0 means one per core.
+        on_shard: called with (shards done, shards to do) as shards are completed.
+
+    Raises:
+        DataError: a shard cannot be read, or a split has no rows.
+    """
+    folders = packed_folders(domains, tokenizer, seq_len, cache_dir)
+    jobs = [job for d in domains for job in _jobs(d, tokenizer, seq_len, folders[d.name][0])]
+    on_shard(0, len(jobs))
+    for done, _ in enumerate(_run(jobs, processes or os.cpu_count() or 1), start=1):
+        on_shard(done, len(jobs))
+    return {domain.name: open_packed(domain, *folders[domain.name]) for domain in domains}
+
+
+def pack_report(packed: dict[str, PackedDomain]) -> dict[str, Any]:
+    """Per domain and split: documents, dropped documents by reason, rows, tokens, bytes per token."""
+    report: dict[str, Any] = {}
+    for name, domain in packed.items():
+        report[name] = {}
+        for split, rows in (("train", domain.train), ("held_out", domain.held_out)):
+            totals: Counter[str] = Counter()
+            dropped: Counter[str] = Counter()
+            for shard in rows.shards:
+                totals.update({k: v for k, v in shard.report.items() if k != "dropped"})
+                dropped.update(shard.report["dropped"])
+            report[name][split] = {
+                **totals,
+                "dropped": dict(dropped),
+                "rows": rows.num_rows,
+                "bytes_per_token": round(totals["bytes"] / max(totals["tokens"], 1), 3),
+            }
+    return report
+
+
+def _jobs(domain: Domain, tokenizer: TokenizerCard, seq_len: int, folder: Path) -> Iterator[_Job]:
+    missing = {
+        split: [path for path in shards if not index_path(folder / path.name).exists()]
+        for split, shards in (("train", domain.train), ("held_out", domain.held_out))
+    }
+    if len({path.name for path in (*domain.train, *domain.held_out)}) < len(
+        (*domain.train, *domain.held_out)
+    ):
+        raise DataError(f"{domain.card}: two shards have one file name; row names need them to differ.")
+    held_out: frozenset[bytes] = frozenset()
+    if missing["train"]:
+        held_out = frozenset(
+            digest(text) for path in domain.held_out for text in read_documents(path, domain.text_field)
+        )
+    for split, paths in missing.items():
+        for path in paths:
+            yield _Job(
+                documents=path,
+                rows=folder / path.name,
+                text_field=domain.text_field,
+                tokenizer=tokenizer.path,
+                separator_id=tokenizer.separator_id,
+                seq_len=seq_len,
+                dtype="<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4",
+                held_out=held_out if split == "train" else frozenset(),
+            )
+
+
+def _run(jobs: Sequence[_Job], processes: int) -> Iterator[None]:
+    if len(jobs) <= 1 or processes == 1:
+        for job in jobs:
+            pack_shard(job)
+            yield
+        return
+    # spawn: the caller may hold threads (tokenizers, torch) that a forked child would inherit broken
+    pool = ProcessPoolExecutor(min(processes, len(jobs)), mp_context=get_context("spawn"))
+    try:
+        for future in as_completed([pool.submit(pack_shard, job) for job in jobs]):
+            future.result()
+            yield
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def pack_shard(job: _Job) -> None:
+    """Pack one shard of documents: rows first, the index that vouches for them last."""
+    stream = _TokenStream(job)
+    dropped: Counter[str] = Counter()
+    batch: list[str] = []
+    for text in read_documents(job.documents, job.text_field):
+        if not text.strip():
+            dropped["empty"] += 1
+        elif job.held_out and digest(text) in job.held_out:
+            dropped["duplicate of held-out"] += 1
+        else:
+            batch.append(text)
+        if len(batch) == _BATCH_DOCUMENTS:
+            stream.add(batch)
+            batch = []
+    stream.add(batch)
+    rows, num_tokens, num_bytes = stream.rows()
+    report = {
+        "documents": stream.num_documents,
+        "tokens": int(num_tokens.sum()),
+        "bytes": stream.num_bytes,
+        "dropped": dict(dropped),
+    }
+    write_index(
+        ShardIndex(
+            path=job.rows,
+            offsets=_write_tar(job.rows, rows.astype(job.dtype)),
+            num_tokens=num_tokens,
+            num_bytes=num_bytes,
+            seq_len=job.seq_len,
+            dtype=job.dtype,
+            report=report,
+        )
+    )
+
+
+class _TokenStream:
+    """The tokens of one shard, and for each the bytes of text that end with it."""
+
+    def __init__(self, job: _Job) -> None:
+        from tokenizers import Tokenizer
+
+        self._job = job
+        self._tokenizer = Tokenizer.from_file(str(job.tokenizer))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # "<|endoftext|>" written in a document is text, not a document's end
+        self._tokenizer.encode_special_tokens = True
+        self._ids: list[Int[np.ndarray, " n"]] = []
+        self._ends: list[Int[np.ndarray, " n"]] = []
+        self.num_documents = 0
+        self.num_bytes = 0
+
+    def add(self, documents: Sequence[str]) -> None:
+        encodings = self._tokenizer.encode_batch(list(documents), add_special_tokens=False)
+        for text, encoding in zip(documents, encodings, strict=True):
+            ends = np.array([end for _, end in encoding.offsets], dtype=np.int64)
+            bytes_before = np.concatenate([[0], np.cumsum(_utf8_lengths(text))])
+            size = int(bytes_before[-1])
+            self._ids.append(np.array([*encoding.ids, self._job.separator_id], dtype=np.int64))
+            # offsets of a normalised text may lack its end; the separator closes the count
+            self._ends.append(
+                np.concatenate([np.maximum.accumulate(bytes_before[ends]), [size]]) + self.num_bytes
+            )
+            self.num_bytes += size
+            self.num_documents += 1
+
+    def rows(
+        self,
+    ) -> tuple[Int[np.ndarray, "R T"], Int[np.ndarray, " R"], Int[np.ndarray, " R"]]:
+        """Rows of tokens, their valid tokens, and the bytes that all but the first of those cover."""
+        seq_len = self._job.seq_len
+        ids = np.concatenate([np.zeros(0, np.int64), *self._ids])
+        ends = np.concatenate([np.zeros(0, np.int64), *self._ends])
+        num_rows = -(-len(ids) // seq_len)
+        padded = np.full(num_rows * seq_len, self._job.separator_id, dtype=np.int64)
+        padded[: len(ids)] = ids
+        starts = np.arange(num_rows) * seq_len
+        last = np.minimum(starts + seq_len, len(ids)) - 1
+        return padded.reshape(num_rows, seq_len), last - starts + 1, ends[last] - ends[starts]
+
+
+def _write_tar(path: Path, rows: UInt[np.ndarray, "R T"]) -> Int[np.ndarray, " R"]:
+    """Write rows as `000017.npy` members; returns the byte offset of each row's first token.
+
+    The standard library writes the tar because importing webdataset imports torch, which would cost
+    every worker process seconds; tests read the result with webdataset.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    offsets = np.zeros(len(rows), dtype=np.int64)
+    try:
+        with temporary.open("wb") as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                for i, row in enumerate(rows):
+                    data = io.BytesIO()
+                    np.save(data, row, allow_pickle=False)
+                    member = tarfile.TarInfo(f"{i:06d}.npy")
+                    member.size = len(data.getvalue())
+                    header = tarfile.BLOCKSIZE + member.size - row.nbytes
+                    offsets[i] = tar.offset + header
+                    data.seek(0)
+                    tar.addfile(member, data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written ({error.strerror}); free space or move cache_dir."
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return offsets
+
+
+def _utf8_lengths(text: str) -> Int[np.ndarray, " n"]:
+    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    lengths: Int[np.ndarray, " n"] = np.searchsorted([0x80, 0x800, 0x10000], points, side="right") + 1
+    return lengths

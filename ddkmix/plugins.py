@@ -1,0 +1,65 @@
+"""Build an object from `{name: ..., parameter: ...}`: a name out of a literal dict, or `package.module:Name`.
+
+The two tables of the project are `POLICIES` and `LOSSES`. An entry is a frozen dataclass whose fields
+are its parameters, so that a plug-in brings its own, checked here before anything expensive starts.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from ddkmix.errors import ConfigError, did_you_mean
+
+
+def build(spec: Mapping[str, Any], table: Mapping[str, type], *, where: str) -> Any:
+    """The object that `spec` names, with its parameters checked.
+
+    Args:
+        spec: `name` and the parameters of that entry.
+        table: name -> frozen dataclass.
+        where: the place in the config, for messages ("policy", "loss.1").
+
+    Raises:
+        ConfigError: the name or a parameter is unknown, or a value breaks its rule.
+    """
+    name = spec.get("name")
+    if not isinstance(name, str):
+        raise ConfigError(f"{where}.name is missing; {did_you_mean('', table)}")
+    cls = _import(name, where=where) if ":" in name else table.get(name)
+    if cls is None:
+        raise ConfigError(f"{where}.name = {name!r} is unknown; {did_you_mean(name, table)}")
+    parameters = {key: value for key, value in spec.items() if key != "name"}
+    _check_names(cls, parameters, where=f"{where} ({name})")
+    try:
+        return TypeAdapter(cls).validate_python(parameters)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        at = f"{where}.{field} = {first['input']!r}" if field else where
+        raise ConfigError(f"{at}: {first['msg'].removeprefix('Value error, ')}.") from None
+
+
+def _import(target: str, *, where: str) -> type:
+    module, _, attribute = target.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{where}.name = {target!r} cannot be imported ({error}); it must be package.module:Name "
+            "of an installed or PYTHONPATH module."
+        ) from None
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+        raise ConfigError(f"{where}.name = {target!r} is not a dataclass; make it a frozen one.")
+    return found
+
+
+def _check_names(cls: type, parameters: Mapping[str, Any], *, where: str) -> None:
+    known = [field.name for field in dataclasses.fields(cls) if field.init]
+    for key in parameters:
+        if key not in known:
+            raise ConfigError(
+                f"{where} has no parameter {key!r}; {did_you_mean(key, known) if known else 'it has none.'}"
+            )

@@ -1,0 +1,88 @@
+"""Weight policies: the losses of the domains in, mixture weights out. One method a file, all pure.
+
+A policy is a frozen dataclass whose fields are its parameters. Its state is JSON-able and holds
+`mixture_weights`; the history of states is the history of weights. No torch, no IO, no logging.
+To add one: write the file, add a line to `POLICIES`. Outside the package: `name: package.module:Class`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from ddkmix.config import Named
+from ddkmix.errors import ConfigError, NumericsError
+from ddkmix.plugins import build
+from ddkmix.policies.ddk import Ddk
+from ddkmix.policies.static import Static
+from ddkmix.types import DomainLosses
+
+PolicyState = dict[str, Any]
+
+
+class WeightPolicy(Protocol):
+    """What a policy must offer."""
+
+    def init(self, losses: DomainLosses, natural_weights: Float[np.ndarray, " N"]) -> PolicyState:
+        """The state before the first step, from the losses of the untrained student."""
+        ...
+
+    def update(self, state: PolicyState, losses: DomainLosses) -> PolicyState:
+        """The state for the next interval."""
+        ...
+
+
+POLICIES: dict[str, type] = {"ddk": Ddk, "static": Static}
+
+
+def build_policy(spec: Named) -> WeightPolicy:
+    """The policy that a config names.
+
+    Raises:
+        ConfigError: the name or a parameter is wrong.
+    """
+    policy: WeightPolicy = build(spec.model_dump(), POLICIES, where="policy")
+    return policy
+
+
+def next_state(
+    policy: WeightPolicy,
+    state: PolicyState | None,
+    losses: DomainLosses,
+    natural_weights: Float[np.ndarray, " N"],
+) -> PolicyState:
+    """The policy's first or next state, with everything checked that a policy promises.
+
+    Raises:
+        NumericsError: a loss is not finite; the policy is not asked.
+        ConfigError: the policy's weights are not a distribution.
+    """
+    for name, column in (
+        ("student_loss", losses.student_loss),
+        ("teacher_loss", losses.teacher_loss),
+    ):
+        if not np.isfinite(column).all():
+            bad = {d: float(v) for d, v in zip(losses.domains, column, strict=True) if not np.isfinite(v)}
+            raise NumericsError(
+                f"held-out {name} is not finite: {bad}; weights are not updated from it. Lower "
+                "optimizer.lr or look at the rows of these domains."
+            )
+    new = policy.init(losses, natural_weights) if state is None else policy.update(state, losses)
+    weights = np.asarray(new["mixture_weights"], dtype=np.float64)
+    if (
+        weights.shape != (len(losses.domains),)
+        or not np.isfinite(weights).all()
+        or (weights < 0).any()
+        or abs(weights.sum() - 1) > 1e-9
+    ):
+        raise ConfigError(
+            f"policy {type(policy).__name__} gave mixture weights {weights.tolist()}; they must be "
+            f"{len(losses.domains)} numbers >= 0 that sum to 1."
+        )
+    return new
+
+
+def weights_of(state: PolicyState, losses: DomainLosses) -> Mapping[str, float]:
+    """A state's mixture weights by domain."""
+    return dict(zip(losses.domains, map(float, state["mixture_weights"]), strict=True))

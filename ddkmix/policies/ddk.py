@@ -1,0 +1,66 @@
+"""DDK: sample more from the domains where the student is furthest from the teacher (arXiv 2407.16154).
+
+    r_0[i]     = exp(s[i]) / sum_j exp(s[j])                                     (Eq. 1)
+    psi[i]     = r_t[i] exp(s[i])
+    r_{t+1}[i] = alpha psi[i] / sum_j psi[j] + (1 - alpha) / N                   (Eq. 2, alpha = 0.5)
+
+with the published signal s[i] = l_S[i] / l_T[i], the ratio of the perplexities l = exp(loss). That makes r a
+double exponential of the loss gap: with gaps around 3 nats one domain takes all that the uniform share
+leaves. `signal="loss_gap"` is the logarithm of that ratio, for students still far from the teacher.
+
+Here `uniform_mix` is 1 - alpha, and everything is computed in log space, so that no gap overflows.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+from pydantic import Field
+
+from ddkmix.policies.update import exponentiated_update
+from ddkmix.types import DomainLosses
+
+_LARGEST_EXPONENT = 700.0  # exp(709.8) is the largest float64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ddk:
+    """DDK's domain knowledge guided sampling."""
+
+    uniform_mix: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the mixture that stays uniform: 1 - alpha. At 0 one domain ends up with everything."""
+    signal: Literal["perplexity_ratio", "loss_gap"] = "perplexity_ratio"
+    """`perplexity_ratio` as published, or its logarithm, the gap in nats per token."""
+    signal_cap: Annotated[float, Field(gt=0)] | None = None
+    """Signals above this count as this; unset as published."""
+    first_interval: Literal["random", "eq1"] = "random"
+    """`random`: rows of the first interval are drawn from the corpus as it is (Algorithm 1, line 2).
+    `eq1`: the first interval already follows Eq. 1."""
+
+    def init(self, losses: DomainLosses, natural_weights: Float[np.ndarray, " N"]) -> dict[str, Any]:
+        """r_0 by Eq. 1; the mixture of the first interval is natural or r_0."""
+        log_factor = exponentiated_update(
+            np.zeros(len(losses.domains)), self.score(losses), step_size=1.0, uniform_mix=0.0
+        )
+        first = np.exp(log_factor) if self.first_interval == "eq1" else natural_weights
+        return {"log_factor": log_factor.tolist(), "mixture_weights": first.tolist()}
+
+    def update(self, state: dict[str, Any], losses: DomainLosses) -> dict[str, Any]:
+        """r_{t+1} by Eq. 2; after smoothing it is the mixture."""
+        log_factor = exponentiated_update(
+            np.array(state["log_factor"]),
+            self.score(losses),
+            step_size=1.0,
+            uniform_mix=self.uniform_mix,
+        )
+        return {"log_factor": log_factor.tolist(), "mixture_weights": np.exp(log_factor).tolist()}
+
+    def score(self, losses: DomainLosses) -> Float[np.ndarray, " N"]:
+        """The signal s of the equations, capped."""
+        gap = losses.loss_gap
+        signal = gap if self.signal == "loss_gap" else np.exp(np.minimum(gap, _LARGEST_EXPONENT))
+        if self.signal_cap is not None:
+            signal = np.minimum(signal, self.signal_cap)
+        capped: Float[np.ndarray, " N"] = signal
+        return capped

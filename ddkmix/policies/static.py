@@ -1,0 +1,32 @@
+"""A mixture that never moves: the baseline that every dynamic one must beat."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from ddkmix.types import DomainLosses, simplex_vector
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Static:
+    """Uniform, natural or given weights."""
+
+    weights: Literal["uniform", "natural"] | dict[str, float] = "uniform"
+    """`uniform`: 1/N each. `natural`: by rows available (or the cards' priors). Or one number per domain."""
+
+    def init(self, losses: DomainLosses, natural_weights: Float[np.ndarray, " N"]) -> dict[str, Any]:
+        """The weights of the whole run."""
+        if self.weights == "natural":
+            vector = natural_weights
+        elif self.weights == "uniform":
+            vector = np.full(len(losses.domains), 1.0 / len(losses.domains))
+        else:
+            assert isinstance(self.weights, dict)
+            vector = simplex_vector(self.weights, losses.domains, where="policy.weights")
+        return {"mixture_weights": vector.tolist()}
+
+    def update(self, state: dict[str, Any], losses: DomainLosses) -> dict[str, Any]:
+        """The same weights."""
+        return state

@@ -1,0 +1,131 @@
+"""Every check that needs no model: what `lint` runs alone, and `train` before anything expensive."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ddkmix.config import RunConfig
+from ddkmix.domains import Domain, load_domains
+from ddkmix.errors import ConfigError, ModelError
+from ddkmix.hub import check_layers, common_vocab, read_model_config
+from ddkmix.losses import LossTerm, build_terms
+from ddkmix.policies import WeightPolicy, build_policy, next_state
+from ddkmix.tokenizer import TokenizerCard, read_tokenizer
+from ddkmix.types import DomainLosses
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A config whose parts have been found and agree."""
+
+    config: RunConfig
+    domains: tuple[Domain, ...]
+    tokenizer: TokenizerCard
+    policy: WeightPolicy
+    terms: tuple[LossTerm, ...]
+    vocab_size: int | None
+    """Classes that teacher and student share, where their padding differs."""
+
+
+def check(config: RunConfig) -> Prepared:
+    """Find and check everything that a config names, without loading a model.
+
+    Raises:
+        DdkmixError: the first thing that is wrong.
+    """
+    domains = load_domains(config.domains)
+    policy = build_policy(config.policy)
+    _try_policy(policy, tuple(domain.name for domain in domains))
+    terms = build_terms(config.loss)
+    _check_batch(config)
+    _check_trackers(config)
+    teacher = read_model_config(config.teacher.model, config.teacher.revision)
+    tokenizer = read_tokenizer(
+        config.teacher.model, revision=config.teacher.revision, separator=config.pack.separator
+    )
+    student = _student_config(config, teacher)
+    _check_student_tokenizer(config, tokenizer)
+    for who, model in (("teacher", teacher), ("student", student)):
+        longest = model.get("max_position_embeddings")
+        if longest is not None and config.pack.seq_len > longest:
+            raise ConfigError(
+                f"pack.seq_len = {config.pack.seq_len}; the {who} has {longest} positions, use at most that."
+            )
+    sizes = (student.get("vocab_size"), teacher.get("vocab_size"))
+    vocab_size = None
+    if sizes[0] is not None and sizes[1] is not None:
+        vocab_size = common_vocab(sizes[0], sizes[1], tokenizer.vocab_size)
+    return Prepared(
+        config=config,
+        domains=domains,
+        tokenizer=tokenizer,
+        policy=policy,
+        terms=terms,
+        vocab_size=vocab_size,
+    )
+
+
+def dummy_losses(domains: tuple[str, ...], gap: float = 1.0) -> DomainLosses:
+    """Losses with the same gap everywhere: what a policy can be tried on before there are real ones."""
+    ones = np.ones(len(domains))
+    counts = np.full(len(domains), 1000)
+    return DomainLosses(
+        domains=domains,
+        student_loss=2.0 * ones + gap,
+        teacher_loss=2.0 * ones,
+        student_error=0.01 * ones,
+        gap_error=0.01 * ones,
+        num_tokens=counts,
+        num_bytes=4 * counts,
+    )
+
+
+def _try_policy(policy: WeightPolicy, domains: tuple[str, ...]) -> None:
+    uniform = np.full(len(domains), 1.0 / len(domains))
+    state = next_state(policy, None, dummy_losses(domains), uniform)
+    next_state(policy, state, dummy_losses(domains), uniform)
+
+
+def _check_batch(config: RunConfig) -> None:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rows = config.trainer.batch_rows
+    if rows % world_size:
+        raise ConfigError(
+            f"trainer.batch_rows = {rows} cannot be dealt evenly to {world_size} processes; use a multiple "
+            f"of {world_size}."
+        )
+
+
+def _check_trackers(config: RunConfig) -> None:
+    for name in config.tracking.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"tracking.trackers: {name!r} is not installed; pip install {name}.")
+
+
+def _student_config(config: RunConfig, teacher: dict[str, Any]) -> dict[str, Any]:
+    student = config.student
+    if student.init == "prune":
+        assert student.layers is not None
+        check_layers(student.layers, teacher["num_hidden_layers"])
+        return teacher
+    if student.model is None:
+        return {**teacher, **student.overrides}
+    return {**read_model_config(student.model, student.revision), **student.overrides}
+
+
+def _check_student_tokenizer(config: RunConfig, tokenizer: TokenizerCard) -> None:
+    if config.student.init != "load":
+        return
+    assert config.student.model is not None
+    own = read_tokenizer(
+        config.student.model, revision=config.student.revision, separator=tokenizer.separator
+    )
+    if own.fingerprint != tokenizer.fingerprint:
+        raise ModelError(
+            f"student {config.student.model} and teacher {config.teacher.model} have different tokenizers "
+            f"({own.fingerprint[:12]} and {tokenizer.fingerprint[:12]}); their losses per token cannot be "
+            "compared and a token id means different text. Use a student with the teacher's tokenizer."
+        )

@@ -1,0 +1,93 @@
+"""The gap report: how far a student is from a teacher in each domain."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from ddkmix.policies.ddk import Ddk
+from ddkmix.policies.update import exponentiated_update
+from ddkmix.types import DomainLosses
+
+Format = Literal["table", "json", "markdown"]
+
+
+def ddk_weights(losses: DomainLosses, policy: Ddk | None = None) -> dict[str, float]:
+    """The mixture that one update of DDK (Eq. 2) gives from the uniform one."""
+    policy = policy or Ddk()
+    zeros = np.zeros(len(losses.domains))
+    log_weights = exponentiated_update(
+        zeros, policy.score(losses), step_size=1.0, uniform_mix=policy.uniform_mix
+    )
+    return dict(zip(losses.domains, np.exp(log_weights).tolist(), strict=True))
+
+
+def render_gaps(
+    losses: DomainLosses,
+    weights: Mapping[str, float],
+    style: Format,
+    *,
+    title: str = "",
+    weights_title: str = "DDK weight",
+) -> str:
+    """Losses and weights of every domain and their means over domains, in the format asked for.
+
+    Losses are nats per token, the +- is the gap's standard error, b/B is bits per byte of text.
+    """
+    if style == "json":
+        table = {name: {**row, "weight": weights[name]} for name, row in losses.to_json().items()}
+        return json.dumps(table, indent=1, allow_nan=False, default=str) if table else "{}"
+    header = [
+        "domain", "teacher", "student", "gap", "+-", "ratio", "teacher b/B", "student b/B", weights_title
+    ]  # fmt: skip
+    rows = [_cells(losses, weights, i) for i in range(len(losses.domains))]
+    rows.append(_mean_cells(losses))
+    if style == "markdown":
+        lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return render_table(header, rows, title)
+
+
+def render_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> str:
+    """A table of text; the first column is left-aligned, the others right-aligned."""
+    table = Table(box=SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=200, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _cells(losses: DomainLosses, weights: Mapping[str, float], i: int) -> list[str]:
+    name = losses.domains[i]
+    return [
+        name,
+        f"{losses.teacher_loss[i]:.3f}",
+        f"{losses.student_loss[i]:.3f}",
+        f"{losses.loss_gap[i]:.3f}",
+        f"{losses.gap_error[i]:.3f}",
+        f"{losses.perplexity_ratio[i]:.4g}",
+        f"{losses.teacher_bits_per_byte[i]:.3f}",
+        f"{losses.student_bits_per_byte[i]:.3f}",
+        f"{weights[name]:.3f}",
+    ]
+
+
+def _mean_cells(losses: DomainLosses) -> list[str]:
+    columns = (
+        losses.teacher_loss,
+        losses.student_loss,
+        losses.loss_gap,
+        None,
+        None,
+        losses.teacher_bits_per_byte,
+        losses.student_bits_per_byte,
+    )
+    return ["mean", *("" if c is None else f"{c.mean():.3f}" for c in columns), ""]

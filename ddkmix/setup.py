@@ -1,0 +1,235 @@
+"""From a checked config to the parts of a run: what `train` and `gaps` do before the first step."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ddkmix.checkpoint import load_checkpoint, open_run
+from ddkmix.config import RunConfig
+from ddkmix.distillation import DistillationModel
+from ddkmix.evaluator import Evaluator, NatsCache, select_rows
+from ddkmix.fingerprint import hash_json
+from ddkmix.hub import model_fingerprint
+from ddkmix.loader import DomainMixture
+from ddkmix.metrics import LossWindow
+from ddkmix.models import build_student, load_teacher, save_student
+from ddkmix.pack import PackedDomain, pack_domains
+from ddkmix.policies import WeightPolicy
+from ddkmix.preflight import Prepared, check
+from ddkmix.teacher import LiveTeacher
+from ddkmix.tracking import progress_bar
+from ddkmix.trainer import Run, run_loop, stop_on_signal, token_nats
+from ddkmix.types import DomainLosses
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    on_losses: Callable[[int, DomainLosses, dict[str, float]], None] = lambda *_: None,
+) -> DomainLosses:
+    """A whole run: check, pack, measure, train, save the student. Returns the losses at the end.
+
+    Args:
+        config: the run.
+        resume: go on from the newest checkpoint of `config.run_dir`.
+        on_losses: called on the main rank with (step, losses, weights in force) at every evaluation.
+
+    Raises:
+        DdkmixError: see `preflight.check`, `checkpoint.open_run` and `trainer.run_loop`.
+    """
+    prepared = check(config)
+    accelerator = _accelerator(config)
+    with accelerator.main_process_first():
+        checkpoint = open_run(config, resume=resume) if accelerator.is_main_process else None
+        packed = pack(prepared, shown=accelerator.is_main_process)
+    checkpoint = _from_main(accelerator, checkpoint)
+    run = _open(prepared, packed, accelerator)
+    run.on_losses = on_losses
+    if checkpoint is not None:
+        _restore(run, load_checkpoint(accelerator, checkpoint))
+    if run.main:
+        start = run.mixture.state.step
+        for name, first in (("metrics.jsonl", start + 1), ("intervals.jsonl", start)):
+            run.log(name).rewind(first)
+    accelerator.init_trackers(config.tracking.project)
+    total = config.trainer.steps
+    with progress_bar("train", total=total, shown=run.main) as bar, stop_on_signal(run):
+        bar.update(run.mixture.state.step)
+        losses = run_loop(run, bar)
+    run.mixture.close()
+    if run.main:
+        _save(run, prepared)
+    accelerator.end_training()
+    return losses
+
+
+def measure_gaps(config: RunConfig) -> tuple[DomainLosses, WeightPolicy]:
+    """Held-out losses of a config's student, as it is built or loaded, beside its teacher's.
+
+    Raises:
+        DdkmixError: see `preflight.check`.
+    """
+    prepared = check(config)
+    accelerator = _accelerator(config)
+    with accelerator.main_process_first():
+        packed = pack(prepared, shown=accelerator.is_main_process)
+    evaluator = open_evaluator(config, packed, accelerator)
+    sums = _teacher_sums(prepared, evaluator, load_teacher(config.teacher))
+    student = build_student(config.student, config.teacher, seed=config.seed).eval()
+    model = accelerator.prepare_model(_distillation(prepared, student), evaluation_mode=True)
+    return evaluator.measure(token_nats(model), sums), prepared.policy
+
+
+def pack(prepared: Prepared, *, shown: bool) -> dict[str, PackedDomain]:
+    """The packed rows of a config; what the cache lacks is packed now, under a progress bar."""
+    config = prepared.config
+    with progress_bar("pack", total=None, shown=shown) as bar:
+        return pack_domains(
+            prepared.domains,
+            prepared.tokenizer,
+            seq_len=config.pack.seq_len,
+            cache_dir=config.cache_dir,
+            processes=config.pack.processes,
+            on_shard=lambda done, total: bar.update(done, total=total),
+        )
+
+
+def open_mixture(
+    config: RunConfig, packed: dict[str, PackedDomain], *, rank: int = 0, world_size: int = 1
+) -> DomainMixture:
+    """The mixture of a config's train rows, with natural weights until somebody sets others."""
+    return DomainMixture(
+        {name: domain.train for name, domain in packed.items()},
+        batch_rows=config.trainer.batch_rows,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        num_workers=config.loader.workers,
+        prefetch_steps=config.loader.prefetch_steps,
+        max_epochs=config.mixture.max_epochs,
+        on_cap=config.mixture.on_cap,
+        block_rows=config.mixture.block_rows,
+    )
+
+
+def open_evaluator(config: RunConfig, packed: dict[str, PackedDomain], accelerator: Any) -> Evaluator:
+    """The evaluator of a config's held-out rows."""
+    return Evaluator(
+        held_out={
+            name: select_rows(domain.held_out, config.evaluation.rows) for name, domain in packed.items()
+        },
+        batch_rows=config.evaluation.batch_rows,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
+    )
+
+
+def teacher_cache(prepared: Prepared, device: torch.device) -> NatsCache:
+    """Where the teacher's held-out losses are kept: keyed by its parameters and how it computes."""
+    teacher, cache_dir = prepared.config.teacher, prepared.config.cache_dir
+    fingerprint = model_fingerprint(teacher.model, teacher.revision, cache_dir)
+    key = hash_json([fingerprint, teacher.dtype, device.type, prepared.vocab_size])
+    return NatsCache(cache_dir / "teacher_nats", key)
+
+
+def _accelerator(config: RunConfig) -> Any:
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    set_seed(config.seed)
+    return Accelerator(
+        mixed_precision=config.trainer.mixed_precision,
+        log_with=list(config.tracking.trackers) or None,
+        project_dir=str(config.run_dir),
+    )
+
+
+def _from_main(accelerator: Any, value: Any) -> Any:
+    if accelerator.num_processes == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value], from_process=0)[0]
+
+
+def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any) -> Run:
+    config = prepared.config
+    mixture = open_mixture(
+        config, packed, rank=accelerator.process_index, world_size=accelerator.num_processes
+    )
+    teacher = load_teacher(config.teacher).to(accelerator.device)
+    evaluator = open_evaluator(config, packed, accelerator)
+    teacher_sums = _teacher_sums(prepared, evaluator, teacher)
+    student = build_student(config.student, config.teacher, seed=config.seed)
+    if config.trainer.gradient_checkpointing:
+        student.gradient_checkpointing_enable()  # type: ignore[operator]
+    model = _distillation(prepared, student)
+    model, optimizer = accelerator.prepare(model, _optimizer(config, model))
+    terms = [term.name for term in prepared.terms]
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        mixture=mixture,
+        policy=prepared.policy,
+        terms=prepared.terms,
+        student=model,
+        optimizer=optimizer,
+        teacher=LiveTeacher(teacher, vocab_size=prepared.vocab_size),
+        teacher_sums=teacher_sums,
+        evaluator=evaluator,
+        window=LossWindow(terms, mixture.domains, accelerator.device),
+    )
+
+
+def _distillation(prepared: Prepared, model: torch.nn.Module) -> DistillationModel:
+    return DistillationModel(
+        model,
+        vocab_size=prepared.vocab_size,
+        chunk_tokens=prepared.config.trainer.logits_chunk_tokens,
+    )
+
+
+def _teacher_sums(prepared: Prepared, evaluator: Evaluator, teacher: torch.nn.Module) -> dict[str, Any]:
+    """The teacher's held-out row sums, measured once per teacher and data and then kept on disk."""
+    model = _distillation(prepared, teacher.to(evaluator.device))
+    return evaluator.sums(token_nats(model), teacher_cache(prepared, evaluator.device))
+
+
+def _optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW; norms and biases (parameters with fewer than two axes) do not decay."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {
+            "params": [p for p in parameters if p.ndim >= 2],
+            "weight_decay": config.optimizer.weight_decay,
+        },
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    options = config.optimizer
+    return torch.optim.AdamW(
+        groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True
+    )
+
+
+def _restore(run: Run, state: dict[str, Any]) -> None:
+    run.mixture.load_state_dict(state["mixture"])
+    run.policy_state = state["policy"]
+    run.total_tokens = state["total_tokens"]
+    run.window.load_json(state["window"], is_main=run.main)
+
+
+def _save(run: Run, prepared: Prepared) -> None:
+    """Write RUN/student under a hidden name and rename it when whole."""
+    import shutil
+
+    final = run.config.run_dir / "student"
+    partial = final.with_name(f".student-{os.getpid()}")
+    student = run.accelerator.unwrap_model(run.student).student
+    save_student(student, prepared.tokenizer, partial)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.replace(final)

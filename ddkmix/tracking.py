@@ -1,0 +1,85 @@
+"""What a run writes down and shows: JSON lines always, a progress bar on a terminal.
+
+`metrics.jsonl` and `intervals.jsonl` hold nothing but what the run computes, so that an interrupted and
+resumed run leaves the very bytes of an uninterrupted one. Times go to `timings.jsonl`.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ddkmix.errors import RunError
+
+
+class JsonLines:
+    """An append-only file of one JSON object per line, each with a `step`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one line; in the file (if not on the platter) when this returns."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written ({error.strerror}); free space.") from None
+
+    def rewind(self, step: int) -> None:
+        """Drop every line of `step` or later, and a last line that a killed process left unfinished."""
+        if not self.path.exists():
+            return
+        kept = [record for record in read_lines(self.path) if record["step"] < step]
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSON lines file; an unfinished last line is left out."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+@contextmanager
+def progress_bar(description: str, *, total: int | None, shown: bool) -> Iterator["Bar"]:
+    """A progress bar on a terminal; nothing at all elsewhere."""
+    console = Console(stderr=True)
+    progress = Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not (shown and console.is_terminal),
+    )
+    with progress:
+        yield Bar(progress, description, total)
+
+
+class Bar:
+    """One bar."""
+
+    def __init__(self, progress: Progress, description: str, total: int | None) -> None:
+        self._progress = progress
+        self._task = progress.add_task(description, total=total, note="")
+
+    def update(self, done: int, *, total: int | None = None, note: str | None = None) -> None:
+        """Show that `done` of `total` are done, and a short note."""
+        self._progress.update(self._task, completed=done, total=total)
+        if note is not None:
+            self._progress.update(self._task, note=note)
+
+
+def weights_note(weights: Mapping[str, float]) -> str:
+    """Mixture weights in a few characters: `code .21 math .14`."""
+    return " ".join(f"{name} {weight:.2f}".replace(" 0.", " .") for name, weight in weights.items())

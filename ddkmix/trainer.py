@@ -1,0 +1,288 @@
+"""The loop. Start here: measure -> update the weights -> plan -> train -> record -> checkpoint.
+
+Everything else in this file serves `run_loop`. Nothing is normalised anywhere but in `_train_step`, and
+weights travel in one direction: the policy returns them and `_reweight` hands them to the mixture.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddkmix.checkpoint import latest_checkpoint, save_checkpoint
+from ddkmix.config import RunConfig
+from ddkmix.distillation import predicted
+from ddkmix.errors import Interrupted, NumericsError, RunError
+from ddkmix.evaluator import Evaluator, TokenNats
+from ddkmix.loader import DomainMixture
+from ddkmix.losses import CrossEntropy, LossTerm
+from ddkmix.metrics import LossWindow
+from ddkmix.planner import quantise
+from ddkmix.policies import PolicyState, WeightPolicy, next_state, weights_of
+from ddkmix.schedule import lr_multiplier
+from ddkmix.teacher import LiveTeacher
+from ddkmix.tracking import Bar, JsonLines, weights_note
+from ddkmix.types import DomainLosses
+
+_NATS = (LossTerm("cross_entropy", 1.0, CrossEntropy()),)
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Run:
+    """The parts of a run; `setup.open_parts` makes them."""
+
+    config: RunConfig
+    accelerator: Any
+    mixture: DomainMixture
+    policy: WeightPolicy
+    terms: tuple[LossTerm, ...]
+    student: torch.nn.Module
+    """The DistillationModel, as Accelerate wrapped it."""
+    optimizer: Any
+    teacher: LiveTeacher
+    teacher_sums: dict[str, Any]
+    evaluator: Evaluator
+    window: LossWindow
+    policy_state: PolicyState | None = None
+    total_tokens: int = 0
+    on_losses: Callable[[int, DomainLosses, dict[str, float]], None] = lambda *_: None
+    """Called with (step, losses, weights in force) at every evaluation, on the main rank."""
+    stop_signal: list[int] = field(default_factory=list)
+    """Signals that asked the run to stop."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank writes files."""
+        return bool(self.accelerator.is_main_process)
+
+    def log(self, file: str) -> JsonLines:
+        """One of the run's files of JSON lines."""
+        return JsonLines(self.config.run_dir / file)
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks."""
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+
+def run_loop(run: Run, bar: Bar) -> DomainLosses:
+    """Train from the mixture's step to the last one; returns the losses at the end.
+
+    Raises:
+        NumericsError: a loss or gradient is not finite; parameters are as before that step.
+        RunError: a checkpoint cannot be written, ranks disagree, or a signal asked to stop.
+    """
+    config, steps = run.config, run.config.trainer.steps
+    for step in range(run.mixture.state.step, steps):
+        if step % config.mixture.interval_steps == 0:
+            _reweight(run, step, _measure(run, step))
+        waited = time.perf_counter()
+        batch = next(run.mixture, None)
+        waited = time.perf_counter() - waited
+        if batch is None:  # every domain that has a weight is at its max_epochs
+            break
+        started = time.perf_counter()
+        grad_norm, num_tokens = _train_step(run, batch, step)
+        run.total_tokens += num_tokens
+        done = step + 1
+        if done % config.trainer.log_steps == 0 or done == steps:
+            seconds = waited + time.perf_counter() - started
+            _record(run, bar, done, grad_norm, num_tokens, seconds, waited)
+        stopping = bool(run.stop_signal)
+        if done % config.trainer.checkpoint_steps == 0 or done == steps or stopping:
+            checkpoint(run)
+        if stopping:
+            raise Interrupted(f"stopped after step {done} by a signal; checkpoint written, --resume goes on.")
+    losses = _measure(run, run.mixture.state.step)
+    _write_interval(run, run.mixture.state.step, losses)
+    return losses
+
+
+def checkpoint(run: Run) -> Path:
+    """Write everything needed to go on exactly."""
+    _check_agreement(run, "checkpoint")
+    state = {
+        "step": run.mixture.state.step,
+        "mixture": run.mixture.state_dict(),
+        "policy": run.policy_state,
+        "total_tokens": run.total_tokens,
+        "window": run.window.to_json(run.reduce),
+    }
+    keep = run.config.trainer.keep_checkpoints
+    return save_checkpoint(run.accelerator, run.config.run_dir, state, keep=keep)
+
+
+def token_nats(model: torch.nn.Module) -> TokenNats:
+    """A DistillationModel as the function that the evaluator measures."""
+
+    @torch.no_grad()
+    def nats(input_ids: Tensor, labels: Tensor) -> Tensor:
+        values: Tensor = model(input_ids, labels, 1.0, _NATS)[1][0]
+        return values
+
+    return nats
+
+
+@contextmanager
+def stop_on_signal(run: Run) -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the run after the present step, with a checkpoint.
+
+    A second SIGINT stops at once, as without this.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number: int, _: Any) -> None:
+        if run.stop_signal:
+            raise KeyboardInterrupt
+        run.stop_signal.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _measure(run: Run, step: int) -> DomainLosses:
+    """Held-out losses of the student as it is now."""
+    started = time.perf_counter()
+    run.student.eval()
+    losses = run.evaluator.measure(token_nats(run.student), run.teacher_sums)
+    run.student.train()
+    if run.main:
+        run.log("timings.jsonl").append({"step": step, "evaluation_s": time.perf_counter() - started})
+    return losses
+
+
+def _reweight(run: Run, step: int, losses: DomainLosses) -> None:
+    """Ask the policy, and have every rank follow the same integers from this step on."""
+    run.policy_state = next_state(run.policy, run.policy_state, losses, run.mixture.natural_weights)
+    simplex = weights_of(run.policy_state, losses)
+    vector = np.array([simplex[name] for name in run.mixture.domains])
+    exact = torch.tensor(quantise(vector), dtype=torch.int64, device=run.accelerator.device)
+    if run.accelerator.num_processes > 1:
+        from accelerate.utils import broadcast
+
+        exact = broadcast(exact, from_process=0)
+    run.mixture.set_weights(exact.tolist())
+    _check_agreement(run, "weight update")
+    _write_interval(run, step, losses)
+
+
+def _train_step(run: Run, batch: dict[str, Tensor], step: int) -> tuple[float, int]:
+    """One optimizer step; returns the gradient norm and the number of predicted tokens of all ranks."""
+    device, trainer = run.accelerator.device, run.config.trainer
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    # one collective: the normaliser of the whole window, and whether any rank was told to stop
+    counts = torch.stack(
+        [predicted(batch["labels"]).sum(), torch.tensor(len(run.stop_signal), device=device)]
+    )
+    num_tokens, stops = run.reduce(counts).tolist()
+    if stops and not run.stop_signal:
+        run.stop_signal.append(signal.SIGTERM)
+    rows = len(batch["labels"])
+    parts = -(-rows // (trainer.microbatch_rows or rows))
+    for part in range(parts):
+        micro = {name: tensor[part::parts] for name, tensor in batch.items()}
+        with nullcontext() if part == parts - 1 else run.accelerator.no_sync(run.student):
+            _backward(run, micro, num_tokens)
+    limit = run.config.optimizer.max_grad_norm or float("inf")
+    grad_norm = float(run.accelerator.clip_grad_norm_(run.student.parameters(), limit))
+    if not torch.isfinite(torch.tensor(grad_norm)):
+        _refuse(run, step, grad_norm, batch)
+    multiplier = lr_multiplier(run.config.schedule, step, trainer.steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.config.optimizer.lr * multiplier
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return grad_norm, int(num_tokens)
+
+
+def _backward(run: Run, micro: dict[str, Tensor], num_tokens: int) -> None:
+    """Forward and backward of one micro-batch."""
+    teacher = None
+    if any(term.loss.needs_teacher for term in run.terms):
+        teacher = run.teacher.signal(micro["input_ids"])
+    # the sum over ranks is what is wanted, and DDP takes the mean
+    share = run.accelerator.num_processes / max(num_tokens, 1)
+    objective, values = run.student(micro["input_ids"], micro["labels"], share, run.terms, teacher)
+    run.accelerator.backward(objective)
+    row_of = predicted(micro["labels"]).nonzero()[:, 0]
+    run.window.add(values, micro["domain_ids"][row_of])
+
+
+def _refuse(run: Run, step: int, grad_norm: float, batch: dict[str, Tensor]) -> None:
+    losses = run.window.close([term.weight for term in run.terms], run.reduce)
+    bad = {k: v for k, v in losses.items() if v != v}
+    last = latest_checkpoint(run.config.run_dir)
+    names = [run.mixture.domains[i] for i in sorted(set(batch["domain_ids"].tolist()))]
+    raise NumericsError(
+        f"step {step + 1}: the gradient norm is {grad_norm} (losses that are not numbers: {bad or 'none'}; "
+        f"domains of the batch: {names}). The step was not taken. Lower optimizer.lr or max_grad_norm; "
+        f"{f'{last.name} can be resumed' if last else 'no checkpoint was written yet'}."
+    )
+
+
+def _record(
+    run: Run, bar: Bar, step: int, grad_norm: float, num_tokens: int, seconds: float, waited: float
+) -> None:
+    metrics = run.window.close([term.weight for term in run.terms], run.reduce)
+    weights, epochs = run.mixture.weights, run.mixture.epochs
+    record = {
+        "step": step,
+        **metrics,
+        "train/grad_norm": grad_norm,
+        "train/lr": run.optimizer.param_groups[0]["lr"],
+        "train/total_tokens": run.total_tokens,
+        **{f"mixture/weight/{name}": weight for name, weight in weights.items()},
+        **{f"mixture/epochs/{name}": epoch for name, epoch in epochs.items()},
+    }
+    speed = {"perf/tokens_per_s": num_tokens / seconds, "perf/data_wait_s": waited}
+    run.accelerator.log({**record, **speed}, step=step)
+    if run.main:
+        run.log("metrics.jsonl").append(record)
+        run.log("timings.jsonl").append({"step": step, "step_s": seconds, **speed})
+        note = (
+            f"loss {metrics['train/objective']:.3f}  {num_tokens / seconds:.0f} tok/s  "
+            f"wait {100 * waited / seconds:.1f}%  {weights_note(weights)}"
+        )
+        bar.update(step, note=note)
+
+
+def _write_interval(run: Run, step: int, losses: DomainLosses) -> None:
+    weights = run.mixture.weights
+    if not run.main:
+        return
+    run.log("intervals.jsonl").append(
+        {
+            "step": step,
+            "weights": weights,
+            "served": run.mixture.served,
+            "epochs": run.mixture.epochs,
+            "losses": losses.to_json(),
+            "policy": run.policy_state,
+        }
+    )
+    run.on_losses(step, losses, weights)
+
+
+def _check_agreement(run: Run, when: str) -> None:
+    """Every rank must hold the same plan; a hash tells, and a run that diverged must not go on."""
+    own = int(run.mixture.state.fingerprint()[:12], 16)
+    tensor = torch.tensor([own], dtype=torch.int64, device=run.accelerator.device)
+    everyone = run.accelerator.gather(tensor).tolist()
+    if len(set(everyone)) > 1:
+        raise RunError(
+            f"ranks hold different plans at step {run.mixture.state.step} ({when}): state hashes {everyone}. "
+            "Resume from the last checkpoint; if it happens again, a rank reads other data."
+        )

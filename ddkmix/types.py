@@ -1,0 +1,102 @@
+"""The nouns without tensors, and the checks that they carry. numpy only."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from ddkmix.errors import ConfigError
+
+LN_2 = float(np.log(2.0))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainLosses:
+    """What one evaluation says about every domain; position i of each array belongs to `domains[i]`."""
+
+    domains: tuple[str, ...]
+    """Domain names, sorted."""
+    student_loss: Float[np.ndarray, " N"]
+    """Mean held-out next-token cross-entropy of the student, nats per token."""
+    teacher_loss: Float[np.ndarray, " N"]
+    """The same of the teacher on the same rows, nats per token."""
+    student_error: Float[np.ndarray, " N"]
+    """Standard error of `student_loss` over rows, nats per token; nan with a single row."""
+    gap_error: Float[np.ndarray, " N"]
+    """Standard error of `loss_gap` over rows (paired by row), nats per token."""
+    num_tokens: Int[np.ndarray, " N"]
+    """Predicted tokens that the means are over."""
+    num_bytes: Int[np.ndarray, " N"]
+    """UTF-8 bytes of text that those tokens cover."""
+
+    @property
+    def loss_gap(self) -> Float[np.ndarray, " N"]:
+        """student_loss - teacher_loss, nats per token; the logarithm of `perplexity_ratio`."""
+        return self.student_loss - self.teacher_loss
+
+    @property
+    def perplexity_ratio(self) -> Float[np.ndarray, " N"]:
+        """exp(student_loss) / exp(teacher_loss), DDK's l_S / l_T; inf where float64 overflows."""
+        with np.errstate(over="ignore"):
+            return np.exp(self.loss_gap)
+
+    @property
+    def student_bits_per_byte(self) -> Float[np.ndarray, " N"]:
+        """The student's loss in bits per UTF-8 byte, comparable between tokenizers."""
+        return self._bits_per_byte(self.student_loss)
+
+    @property
+    def teacher_bits_per_byte(self) -> Float[np.ndarray, " N"]:
+        """The teacher's loss in bits per UTF-8 byte."""
+        return self._bits_per_byte(self.teacher_loss)
+
+    def _bits_per_byte(self, loss: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+        return loss * self.num_tokens / (LN_2 * np.maximum(self.num_bytes, 1))
+
+    def to_json(self) -> dict[str, dict[str, float]]:
+        """One entry per domain, every number a plain Python one."""
+        columns = {
+            "student_loss": self.student_loss,
+            "teacher_loss": self.teacher_loss,
+            "student_error": self.student_error,
+            "loss_gap": self.loss_gap,
+            "gap_error": self.gap_error,
+            "perplexity_ratio": self.perplexity_ratio,
+            "student_bits_per_byte": self.student_bits_per_byte,
+            "teacher_bits_per_byte": self.teacher_bits_per_byte,
+            "num_tokens": self.num_tokens,
+            "num_bytes": self.num_bytes,
+        }
+        return {
+            domain: {name: column[i].item() for name, column in columns.items()}
+            for i, domain in enumerate(self.domains)
+        }
+
+
+def simplex_vector(
+    weights: Mapping[str, float], domains: Sequence[str], *, where: str
+) -> Float[np.ndarray, " N"]:
+    """Mixture weights by name as a vector in the order of `domains` that sums to one.
+
+    Args:
+        weights: one non-negative finite number per domain; normalised here.
+        domains: the domain names that must all be present, and no other.
+        where: what the message calls the weights, for example "policy.weights".
+
+    Raises:
+        ConfigError: a name is missing or unknown, a weight is negative or not finite, or all are 0.
+    """
+    unknown, missing = sorted(set(weights) - set(domains)), sorted(set(domains) - set(weights))
+    if unknown or missing:
+        raise ConfigError(
+            f"{where}: unknown domains {unknown}, missing domains {missing}; give exactly one weight "
+            f"for each of {sorted(domains)}."
+        )
+    vector = np.array([float(weights[name]) for name in domains])
+    if not np.isfinite(vector).all() or (vector < 0).any() or vector.sum() <= 0:
+        raise ConfigError(
+            f"{where} = {dict(weights)}; every weight must be finite and >= 0, and one of them > 0."
+        )
+    normalised: Float[np.ndarray, " N"] = vector / vector.sum()
+    return normalised
