@@ -1,0 +1,1 @@
+"""One module a domain. A reader takes {package: archive path} and yields `SourceDocument`s of clean text."""
