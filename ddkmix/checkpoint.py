@@ -28,8 +28,8 @@ _MAY_CHANGE = ("loader", "tracking", "run_dir", "cache_dir")
 _MAY_CHANGE_IN_TRAINER = ("checkpoint_steps", "keep_checkpoints")
 
 
-def open_run(config: RunConfig, *, resume: bool) -> Path | None:
-    """Create the run directory, or find the checkpoint to resume from.
+def find_run(config: RunConfig, *, resume: bool) -> Path | None:
+    """Check that the run directory is free, or find the checkpoint to resume from. Writes nothing.
 
     Returns:
         The newest checkpoint, or None to start at step 0 (a new run, or one that was stopped before its
@@ -44,16 +44,29 @@ def open_run(config: RunConfig, *, resume: bool) -> Path | None:
         if not resume:
             raise RunError(f"{run_dir} already holds a run; go on with --resume, or choose another run_dir.")
         _check_same(config, saved)
-        remove_partial(run_dir)
         return latest_checkpoint(run_dir)
     if resume:
         raise RunError(f"{run_dir} holds no run to resume (no config.yaml); leave --resume out to start.")
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise RunError(f"{run_dir} exists and is not a run; choose another run_dir or empty it.")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / "versions.json", json.dumps(_versions(), indent=1))
-    write_atomically(saved, yaml.safe_dump(dump_config(config), sort_keys=False, allow_unicode=True))
     return None
+
+
+def claim_run(config: RunConfig) -> None:
+    """Write down what runs, once everything that can be checked has been, and clear half-written parts.
+
+    Raises:
+        RunError: the directory cannot be written.
+    """
+    run_dir = config.run_dir
+    try:
+        remove_partial(run_dir)
+        if not (run_dir / "config.yaml").exists():
+            write_atomically(run_dir / "versions.json", json.dumps(_versions(), indent=1))
+            tree = yaml.safe_dump(dump_config(config), sort_keys=False, allow_unicode=True)
+            write_atomically(run_dir / "config.yaml", tree)
+    except OSError as error:
+        raise RunError(f"{run_dir} cannot be written ({error.strerror}); choose another run_dir.") from None
 
 
 def read_run_config(run_dir: Path) -> dict[str, Any]:
@@ -101,6 +114,7 @@ def save_checkpoint(accelerator: Any, run_dir: Path, state: dict[str, Any], *, k
             partial.mkdir(parents=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(partial))
+        _save_random_state(partial, accelerator.process_index)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (partial / "state.json").write_text(json.dumps(state))
@@ -133,12 +147,41 @@ def load_checkpoint(accelerator: Any, path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
         accelerator.load_state(str(path))
+        _load_random_state(path, accelerator.process_index)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise RunError(
             f"checkpoint {path} cannot be read ({reason}); delete that folder and resume from an older one."
         ) from error
     return state
+
+
+def _random_file(folder: Path, rank: int) -> Path:
+    return folder / f"random-rank{rank}.safetensors"
+
+
+def _save_random_state(folder: Path, rank: int) -> None:
+    """torch's random state beside the one that Accelerate pickles, which it skips silently if unreadable."""
+    import torch
+    from safetensors.torch import save_file
+
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    save_file(states, _random_file(folder, rank))
+
+
+def _load_random_state(folder: Path, rank: int) -> None:
+    """Nothing to load for a rank that the saving run did not have; it keeps the seed of its start."""
+    import torch
+    from safetensors.torch import load_file
+
+    if not _random_file(folder, rank).exists() and rank > 0:
+        return
+    states = load_file(_random_file(folder, rank))
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def prune(run_dir: Path, keep: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ddkmix.checkpoint import load_checkpoint, open_run
+from ddkmix.checkpoint import claim_run, find_run, load_checkpoint
 from ddkmix.config import RunConfig
 from ddkmix.distillation import DistillationModel
 from ddkmix.evaluator import Evaluator, NatsCache, select_rows
@@ -38,19 +38,20 @@ def train(
         on_losses: called on the main rank with (step, losses, weights in force) at every evaluation.
 
     Raises:
-        DdkmixError: see `preflight.check`, `checkpoint.open_run` and `trainer.run_loop`.
+        DdkmixError: see `preflight.check`, `checkpoint.find_run` and `trainer.run_loop`.
     """
     prepared = check(config)
     accelerator = _accelerator(config)
+    found = find_run(config, resume=resume) if accelerator.is_main_process else None
+    checkpoint = _from_main(accelerator, found)
     with accelerator.main_process_first():
-        checkpoint = open_run(config, resume=resume) if accelerator.is_main_process else None
         packed = pack(prepared, shown=accelerator.is_main_process)
-    checkpoint = _from_main(accelerator, checkpoint)
     run = _open(prepared, packed, accelerator)
     run.on_losses = on_losses
     if checkpoint is not None:
         _restore(run, load_checkpoint(accelerator, checkpoint))
     if run.main:
+        claim_run(config)
         start = run.mixture.state.step
         for name, first in (("metrics.jsonl", start + 1), ("intervals.jsonl", start)):
             run.log(name).rewind(first)
@@ -167,7 +168,9 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
     teacher_sums = _teacher_sums(prepared, evaluator, teacher)
     student = build_student(config.student, config.teacher, seed=config.seed)
     if config.trainer.gradient_checkpointing:
-        student.gradient_checkpointing_enable()  # type: ignore[operator]
+        # transformers renamed it in 5
+        enable = getattr(student, "activation_checkpointing_enable", None)
+        (enable or student.gradient_checkpointing_enable)()
     model = _distillation(prepared, student)
     model, optimizer = accelerator.prepare(model, _optimizer(config, model))
     terms = [term.name for term in prepared.terms]

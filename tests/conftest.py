@@ -30,10 +30,8 @@ WORDS = {
 EOS = "<|endoftext|>"
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its state for the whole process; every test starts without any."""
-    yield
+def reset_accelerate() -> None:
+    """Forget Accelerate's state, which it keeps for the whole process."""
     import sys
 
     if "accelerate" in sys.modules:
@@ -41,6 +39,13 @@ def _fresh_accelerate() -> Iterator[None]:
 
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """Every test starts without any state of Accelerate."""
+    yield
+    reset_accelerate()
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +102,26 @@ def save_tiny_model(folder: Path, tokenizer: Path, *, seed: int = 0, **changes: 
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     """The folder of a small random teacher."""
     return save_tiny_model(tmp_path_factory.mktemp("teacher"), tokenizer_folder)
+
+
+def domain_losses(
+    gaps: Sequence[float], *, teacher_loss: float = 2.0, domains: Sequence[str] | None = None
+) -> Any:
+    """`DomainLosses` with these loss gaps in nats, over domains a, b, c, ... with one teacher loss."""
+    import numpy as np
+
+    from ddkmix.types import DomainLosses
+
+    count = len(gaps)
+    return DomainLosses(
+        domains=tuple(domains or "abcdefghijklmnopqrstuvwxyz"[:count]),
+        student_loss=teacher_loss + np.array(gaps, dtype=np.float64),
+        teacher_loss=np.full(count, teacher_loss),
+        student_error=np.full(count, 0.02),
+        gap_error=np.full(count, 0.01),
+        num_tokens=np.full(count, 1000),
+        num_bytes=np.full(count, 4000),
+    )
 
 
 def documents(domain: str, count: int, *, seed: int = 0, words: int = 60) -> list[str]:

@@ -1,0 +1,152 @@
+"""The run directory: whose it is, and that a checkpoint is whole or not there."""
+
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ddkmix.checkpoint import (
+    claim_run,
+    find_run,
+    latest_checkpoint,
+    prune,
+    read_run_config,
+    remove_partial,
+)
+from ddkmix.config import dump_config, parse_config
+from ddkmix.errors import RunError
+from ddkmix.setup import train
+from ddkmix.tracking import read_lines
+from tests.conftest import ConfigTree
+
+Make = Callable[..., ConfigTree]
+
+
+@contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """A disk that is full as soon as one file passes `size` bytes: the kernel refuses the write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_and_no_part_of_the_new_one(
+    tmp_path: Path, tiny_config: Make
+) -> None:
+    """The run stops with one error that names the checkpoint to go on from; when there is space again, it
+    goes on from there and ends as if nothing had happened."""
+    tree = tiny_config(trainer={"steps": 6, "checkpoint_steps": 2, "keep_checkpoints": 9})
+    full = parse_config({**tree, "run_dir": str(tmp_path / "full")}, where="test")
+    train(full)
+    config = parse_config(tree, where="test")
+
+    def fill(step: int, *_: object) -> None:
+        if step == 4:  # the evaluation before step 5; step-000004 is written, step-000006 will not be
+            limit.__enter__()
+
+    limit = no_file_larger_than(20_000)
+    try:
+        with pytest.raises(RunError, match=r"step-000006 cannot be written .* from step-000004 with --resume"):
+            train(config, on_losses=fill)
+    finally:
+        limit.__exit__(None, None, None)
+    names = sorted(path.name for path in (config.run_dir / "checkpoints").iterdir())
+    assert ["step-000002", "step-000004"] == names
+    train(config, resume=True)
+    for name in ("metrics.jsonl", "student/model.safetensors"):
+        assert (full.run_dir / name).read_bytes() == (config.run_dir / name).read_bytes()
+
+
+def test_checkpoints_are_pruned_to_the_newest(tmp_path: Path, tiny_config: Make) -> None:
+    """Only `keep_checkpoints` remain, and they are the last ones."""
+    tree = tiny_config(trainer={"steps": 5, "checkpoint_steps": 1, "keep_checkpoints": 2})
+    config = parse_config(tree, where="test")
+    train(config)
+    names = sorted(path.name for path in (config.run_dir / "checkpoints").iterdir())
+    assert ["step-000004", "step-000005"] == names
+
+
+def test_the_newest_checkpoint_is_found_by_number(tmp_path: Path) -> None:
+    """Step 1,000,000 comes after step 999,999, though its name sorts before; partial ones do not count."""
+    for name in ("step-999999", "step-1000000", ".partial-step-2000000"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-1000000"
+    prune(tmp_path, keep=1)
+    remove_partial(tmp_path)
+    assert ["step-1000000"] == [path.name for path in (tmp_path / "checkpoints").iterdir()]
+
+
+def test_a_run_directory_that_holds_a_run_is_not_overwritten(tmp_path: Path, tiny_config: Make) -> None:
+    """Starting again without --resume is refused, with the two ways out."""
+    config = parse_config(tiny_config(), where="test")
+    assert find_run(config, resume=False) is None
+    claim_run(config)
+    with pytest.raises(RunError, match="already holds a run; go on with --resume, or choose another"):
+        find_run(config, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("optimizer", "lr", 0.5),
+        ("trainer", "batch_rows", 12),
+        ("trainer", "steps", 11),
+        ("mixture", "interval_steps", 5),
+    ],
+)
+def test_resuming_with_another_config_is_refused(
+    tiny_config: Make, section: str, key: str, value: float
+) -> None:
+    """The message names the key, the old value and the new one."""
+    tree = tiny_config()
+    claim_run(parse_config(tree, where="test"))
+    changed = parse_config({**tree, section: {**tree[section], key: value}}, where="test")
+    with pytest.raises(RunError, match=rf"another run: {section}\.{key} was .* and is now {value}"):
+        find_run(changed, resume=True)
+
+
+def test_what_changes_no_result_may_change_at_resume(tiny_config: Make) -> None:
+    """Workers, checkpoint settings and the place of the cache are free."""
+    tree = tiny_config()
+    claim_run(parse_config(tree, where="test"))
+    tree = tiny_config(
+        loader={"workers": 3}, trainer={**tree["trainer"], "keep_checkpoints": 7}, cache_dir="elsewhere"
+    )
+    assert find_run(parse_config(tree, where="test"), resume=True) is None
+
+
+def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path: Path, tiny_config: Make) -> None:
+    """Somebody's files in run_dir are an error; so is resuming where there is nothing."""
+    config = parse_config(tiny_config(), where="test")
+    with pytest.raises(RunError, match="holds no run to resume"):
+        find_run(config, resume=True)
+    config.run_dir.mkdir()
+    (config.run_dir / "thesis.txt").write_text("precious")
+    with pytest.raises(RunError, match="exists and is not a run"):
+        find_run(config, resume=False)
+    assert ["thesis.txt"] == [path.name for path in config.run_dir.iterdir()]
+    with pytest.raises(RunError, match="is not a run directory"):
+        read_run_config(config.run_dir)
+
+
+def test_the_run_directory_describes_the_run(tiny_config: Make) -> None:
+    """The resolved config reads back unchanged, and the versions are there."""
+    config = parse_config(tiny_config(trainer={"steps": 2}), where="test")
+    train(config)
+    tree = yaml.safe_load((config.run_dir / "config.yaml").read_text())
+    assert dump_config(config) == tree == dump_config(parse_config(tree, where="saved"))
+    versions = yaml.safe_load((config.run_dir / "versions.json").read_text())
+    assert {"python", "ddkmix", "torch", "transformers", "accelerate"} <= versions.keys()
+    names = {path.name for path in config.run_dir.iterdir()}
+    expected = {"config.yaml", "versions.json", "metrics.jsonl", "intervals.jsonl", "timings.jsonl"}
+    assert expected | {"checkpoints", "student"} == names
+    assert 2 == len(list(read_lines(config.run_dir / "metrics.jsonl")))

@@ -1,0 +1,253 @@
+"""The commands as a user types them: output, exit codes, and one line for every mistake."""
+
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ddkmix.cli import main
+from tests.conftest import ConfigTree, documents, save_tiny_model, write_domain, write_shard
+
+Make = Callable[..., ConfigTree]
+Write = Callable[[ConfigTree], Path]
+
+
+def ddkmix(*arguments: object) -> int:
+    """Run a command in this process; its exit code."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The single line that a mistake gives, with exit code 2 and nothing on stdout."""
+    capsys.readouterr()
+    assert ddkmix(*arguments) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert captured.out == ""
+    return lines[0]
+
+
+def test_the_commands_from_documents_to_history(
+    tiny_config: Make, write_config: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """pack, lint, plan, train, show and gaps work one after the other and agree."""
+    tree = tiny_config(trainer={"steps": 8})
+    config = write_config(tree)
+    assert ddkmix("pack", config) == 0
+    assert "documents" in capsys.readouterr().out
+    assert ddkmix("lint", config) == 0
+    assert "fine. 3 domains, 9 shards" in capsys.readouterr().out
+    assert ddkmix("plan", config) == 0
+    assert "8 steps x 6 rows x 32 tokens = 1,536 tokens" in capsys.readouterr().out
+    assert ddkmix("train", config) == 0
+    out = capsys.readouterr().out
+    assert "step 0" in out and "step 8" in out and "student:" in out
+    assert ddkmix("show", tree["run_dir"], "--format", "json") == 0
+    history = json.loads(capsys.readouterr().out)
+    assert [0, 4, 8] == [record["step"] for record in history]
+    student = Path(tree["run_dir"]) / "student"
+    assert ddkmix("gaps", config, "--student", student, "--format", "json") == 0
+    report = json.loads(capsys.readouterr().out)
+    for domain, losses in history[-1]["losses"].items():
+        assert report[domain]["loss_gap"] == pytest.approx(losses["loss_gap"], abs=1e-5)
+    assert 1 == pytest.approx(sum(row["weight"] for row in report.values()))
+
+
+def test_gaps_without_a_config_takes_a_student_a_teacher_and_domains(
+    tiny_teacher: Path, tiny_domains: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model against itself has a gap of zero in every domain, and DDK would weigh all alike."""
+    arguments = ["--student", tiny_teacher, "--teacher", tiny_teacher, "--domains", tiny_domains]
+    overrides = ["pack.seq_len=32", "teacher.dtype=float32", f"cache_dir={tmp_path}", "evaluation.rows=4"]
+    assert ddkmix("gaps", *overrides, *arguments, "--format", "markdown") == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 2 + 3 + 1
+    assert all("| 0.000 | 0.000 | 1 |" in line and line.endswith("| 0.333 |") for line in lines[2:5])
+
+
+def test_overrides_reach_the_config_and_its_policy(
+    tiny_config: Make, write_config: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Dotted keys change sections, list entries and plug-in parameters."""
+    config = write_config(tiny_config(policy={"name": "ddk"}))
+    assert ddkmix("plan", config, "trainer.steps=3", "policy.name=static", "policy.weights=natural") == 0
+    assert "3 steps x 6 rows" in capsys.readouterr().out
+    assert "uniform_mix = 1.5" in refused(capsys, "lint", config, "policy.uniform_mix=1.5")
+    assert "loss.1.weight = -1" in refused(capsys, "lint", config, "loss.1.weight=-1")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("policy.uniform_mix=1.5", "uniform_mix = 1.5: Input should be less than or equal to 1"),
+        ("policy.name=dkd", "policy.name = 'dkd' is unknown; did you mean 'ddk'?"),
+        ("policy.alpha=0.5", "policy (ddk) has no parameter 'alpha'"),
+        ("mixture.interval_steps=0", "mixture.interval_steps = 0"),
+        ("trainer.stpes=3", "unknown key trainer.stpes"),
+        ("trainer.stpes=3", "did you mean 'trainer.steps'?"),
+        ("trainer.steps=many", "trainer.steps = 'many'"),
+        ("loss.0.name=cros_entropy", "did you mean 'cross_entropy'?"),
+        ("student.layers=[0,7]", "student.layers = [0, 7]; the teacher has layers 0 to 1"),
+        ("pack.seq_len=512", "pack.seq_len = 512; the teacher has 256 positions"),
+        ("pack.separator=<eos>", "pack.separator = '<eos>' is not a token"),
+        ("teacher.model=/nowhere/model", "/nowhere/model: no such folder"),
+        ("domains=[/nowhere/*.yaml]", "matches no card"),
+        ("tracking.trackers=[no_such_tracker]", "'no_such_tracker' is not installed"),
+        ("mixture.max_epochs=0", "mixture.max_epochs = 0"),
+        ("policy={name: static, weights: {code: 1}}", "missing domains ['math', 'prose']"),
+        ("trainer.steps", "override 'trainer.steps' must be key=value"),
+    ],
+)
+def test_a_wrong_value_is_one_line_from_every_command(
+    tiny_config: Make, write_config: Write, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    """lint, plan and train say the same, and train leaves no run directory behind."""
+    tree = tiny_config()
+    config = write_config(tree)
+    for command in ("lint", "plan", "train"):
+        assert message in refused(capsys, command, config, override)
+    assert not Path(tree["run_dir"]).exists()
+
+
+def broken_domains(folder: Path, kind: str) -> str:
+    """Make domains with one fault; the message that it must give."""
+    write_domain(folder, "math")
+    card = write_domain(folder, "code")
+    shard = folder / "code" / "train-000001.tar"
+    if kind == "missing shard":
+        shard.unlink()
+        return f"train shard {shard} does not exist"
+    if kind == "empty shard":
+        shard.write_bytes(b"")
+        return f"train shard {shard} is empty (0 bytes)"
+    if kind == "truncated tar":
+        shard.write_bytes(shard.read_bytes()[:5000])
+        return f"{shard} has no tar end mark"
+    if kind == "no documents":
+        with tarfile.open(shard, "w"):
+            pass
+        return "has no .txt member"
+    if kind == "no held-out":
+        tree = yaml.safe_load(card.read_text())
+        card.write_text(yaml.safe_dump({k: v for k, v in tree.items() if k != "held_out"}))
+        return "domain 'code' has no held_out shards"
+    if kind == "shared shard":
+        tree = yaml.safe_load(card.read_text())
+        card.write_text(yaml.safe_dump({**tree, "train": "math/train-000000.tar"}))
+        return "a shard belongs to one split of one domain"
+    assert kind == "same content"
+    shutil.copyfile(folder / "math" / "train-000000.tar", shard)
+    return "has the same content as"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "missing shard",
+        "empty shard",
+        "truncated tar",
+        "no documents",
+        "no held-out",
+        "shared shard",
+        "same content",
+    ],
+)
+def test_broken_domains_are_one_line(
+    tmp_path: Path,
+    tiny_config: Make,
+    write_config: Write,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+) -> None:
+    """Every fault of cards and shards stops `train` before a model is loaded; nothing half-written stays."""
+    message = broken_domains(tmp_path / "domains", kind)
+    tree = tiny_config(domains=[str(tmp_path / "domains")], cache_dir=str(tmp_path / "cache"))
+    assert message in refused(capsys, "train", write_config(tree))
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+    assert not (Path(tree["run_dir"]) / "metrics.jsonl").exists()
+
+
+def test_a_fault_mended_lets_the_same_command_go_on(
+    tmp_path: Path, tiny_config: Make, write_config: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a truncated shard is replaced, `train` runs: the failed attempt left no claim on run_dir."""
+    broken_domains(tmp_path / "domains", "truncated tar")
+    tree = tiny_config(
+        domains=[str(tmp_path / "domains")], cache_dir=str(tmp_path / "cache"), trainer={"steps": 1}
+    )
+    config = write_config(tree)
+    refused(capsys, "train", config)
+    write_shard(tmp_path / "domains" / "code" / "train-000001.tar", documents("code", 9, seed=7))
+    assert ddkmix("train", config) == 0
+
+
+def test_a_student_with_another_tokenizer_is_refused(
+    tmp_path: Path,
+    tiny_config: Make,
+    write_config: Write,
+    tiny_teacher: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One line names both and says why it matters."""
+    student = tmp_path / "student"
+    shutil.copytree(tiny_teacher, student)
+    tree = json.loads((student / "tokenizer.json").read_text())
+    tree["model"]["merges"] = tree["model"]["merges"][:-1]
+    (student / "tokenizer.json").write_text(json.dumps(tree))
+    config = write_config(tiny_config(student={"init": "load", "layers": None, "model": str(student)}))
+    assert "have different tokenizers" in refused(capsys, "lint", config)
+
+
+def test_padded_vocabularies_of_different_length_are_cut_to_the_shorter(
+    tmp_path: Path,
+    tiny_config: Make,
+    write_config: Write,
+    tokenizer_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Output classes behind the tokenizer's last token are padding: a run trains and reports finite gaps. A
+    head smaller than the tokenizer is refused."""
+    student = save_tiny_model(tmp_path / "student", tokenizer_folder, seed=3, vocab_size=352)
+    load: dict[str, Any] = {"init": "load", "layers": None, "model": str(student)}
+    assert ddkmix("train", write_config(tiny_config(student=load, trainer={"steps": 2}))) == 0
+    shutil.rmtree(student)
+    save_tiny_model(student, tokenizer_folder, vocab_size=299)
+    message = refused(capsys, "train", write_config(tiny_config(student=load)))
+    assert "the student has 299 output classes and the tokenizer 300 tokens" in message
+
+
+def test_unknown_commands_and_options_end_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    """Typing errors are answered with the nearest command."""
+    assert ddkmix("trian") == 2
+    assert "Did you mean 'train'" in capsys.readouterr().err
+    assert "--format yaml: must be table, json or markdown" in refused(capsys, "show", "x", "--format", "yaml")
+    assert "is not a run directory" in refused(capsys, "show", "/nowhere")
+    assert "gaps needs a CONFIG, or --teacher and --domains" in refused(capsys, "gaps", "--student", "x")
+    assert "no such config" in refused(capsys, "lint", "/nowhere.yaml")
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """`ddkmix --help` names what there is, with exit code 0."""
+    assert ddkmix("--help") == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("pack", "lint", "plan", "train", "gaps", "show"))
+
+
+def test_a_run_dir_that_cannot_be_written_is_one_line(
+    tmp_path: Path, tiny_config: Make, write_config: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file in the place of the folder is refused."""
+    (tmp_path / "run").write_text("a file")
+    assert "exists and is not a run" in refused(capsys, "train", write_config(tiny_config()))
+    assert os.listdir(tmp_path) == ["config.yaml", "run"] or set(os.listdir(tmp_path)) >= {"run"}
