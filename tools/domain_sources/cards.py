@@ -104,6 +104,12 @@ def licence_of(package: Package, archive: Path) -> str:
     return ""
 
 
+def _declared(package: Package) -> str:
+    """Return a notice for a package that carries no licence file."""
+    head = f"{package.package} {package.version} carries no licence file. Recorded here: {package.license}."
+    return f"{head}\n{package.note}.\n"
+
+
 def _short_copyright(text: str) -> str:
     """Of a long Debian copyright file keep the head, the stanza for all files and its licence."""
     stanzas = re.split(r"\n\n+", text.strip())
@@ -152,7 +158,7 @@ def write_licenses(
         if name.startswith("manpages"):
             text = notices(archives[name], sources, name)
         else:
-            text = licence_of(package, archives[name]) or f"{name} declares {package.license}.\n"
+            text = licence_of(package, archives[name]) or _declared(package)
         file = files.setdefault(text, f"{name.replace('@', '').replace('/', '-')}.txt")
         (folder / file).write_text(text, encoding="utf-8")
         rows.append(f"| {name} | {package.license} | [{file}]({file}) |")

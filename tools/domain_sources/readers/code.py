@@ -12,7 +12,10 @@ STB_LICENCE = re.compile(r"/\*\s*-{20,}\s*This software is available under.*?\*/
 LANGUAGES = {
     "django": r"^django/(?!conf/locale|contrib/gis|.*migrations/).*\.py$",
     "networkx": r"^networkx/(?!.*tests/).*\.py$",
-    "golang-1.19-src": r"go-1\.19/src/(?!cmd|vendor|.*(?:cgo|_test|testdata|syscall)).*\.go$",
+    "golang-1.19-src": (
+        r"go-1\.19/src/(?!cmd|vendor|math/|image/|debug/|runtime/vlrt"
+        r"|.*(?:cgo|_test|testdata|syscall)).*\.go$"
+    ),
     "rust-src": r"library/(?:alloc|core|std)/src/(?!.*tests?(?:/|\.rs)).*\.rs$",
     "three": r"^package/src/(?!renderers/shaders/(?:ShaderLib|ShaderChunk)|Three\.js).*\.js$",
     "libstb-dev": r"include/stb/stb_.*\.h$",

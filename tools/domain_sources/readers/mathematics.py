@@ -47,7 +47,7 @@ def proofs(archives: Archives) -> Iterator[SourceDocument]:
     wanted = {
         "hol-light": r"hol-light/(?:100|Library|Multivariate|Examples|Complex|Arithmetic|Logic)/[^/]*\.ml$",
         "agda-stdlib": r"agda-stdlib/(?!.*Primitive|.*Everything).*\.agda$",
-        "libcoq-stdlib": r"coq/theories/(?!Floats|Numbers/Cyclic/Int63).*\.v$",
+        "libcoq-stdlib": r"coq/theories/(?!Floats|ssr|Numbers/Cyclic/Int63).*\.v$",
     }
     for package, archive in archives.items():
         for path, content in files(archive, wanted[package]):
