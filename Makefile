@@ -21,7 +21,7 @@ teacher: install
 	$(BIN)/python tools/fetch_teacher.py --out $(TEACHER)
 
 quickstart: teacher
-	$(BIN)/ddkmix train configs/quickstart.yaml
+	$(BIN)/ddkmix train configs/quickstart.yaml run_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: teacher
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --quiet

@@ -55,7 +55,8 @@ def pack(config: Config, overrides: Overrides = None) -> None:
             dropped = ", ".join(f"{n} {why}" for why, n in facts["dropped"].items()) or "none"
             print(
                 f"{name:14} {split:9} {facts['documents']:7,} documents  {facts['rows']:8,} rows  "
-                f"{facts['tokens']:11,} tokens  {facts['bytes_per_token']:.2f} bytes/token  dropped: {dropped}"
+                f"{facts['tokens']:11,} tokens  {facts['bytes_per_token']:.2f} bytes/token  "
+                f"dropped: {dropped}"
             )
 
 

@@ -168,9 +168,9 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
     teacher_sums = _teacher_sums(prepared, evaluator, teacher)
     student = build_student(config.student, config.teacher, seed=config.seed)
     if config.trainer.gradient_checkpointing:
-        # transformers renamed it in 5
-        enable = getattr(student, "activation_checkpointing_enable", None)
-        (enable or student.gradient_checkpointing_enable)()
+        enable: Any = getattr(student, "activation_checkpointing_enable", None)  # since transformers 5
+        enable = enable or student.gradient_checkpointing_enable
+        enable()
     model = _distillation(prepared, student)
     model, optimizer = accelerator.prepare(model, _optimizer(config, model))
     terms = [term.name for term in prepared.terms]

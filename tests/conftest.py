@@ -22,10 +22,60 @@ import pytest
 import yaml
 
 REPO = Path(__file__).resolve().parents[1]
+TEACHER = REPO / "models" / "smollm2-135m-instruct"
 WORDS = {
-    "code": "def return self for in range len print import class if else not None True".split(),
-    "math": "theorem lemma proof let be a group ring field then hence implies QED forall exists".split(),
-    "prose": "the old man and sea whale ship said she looked out of window night was dark".split(),
+    "code": [
+        "def",
+        "return",
+        "self",
+        "for",
+        "in",
+        "range",
+        "len",
+        "print",
+        "import",
+        "class",
+        "if",
+        "else",
+        "not",
+        "None",
+        "True",
+    ],
+    "math": [
+        "theorem",
+        "lemma",
+        "proof",
+        "let",
+        "be",
+        "a",
+        "group",
+        "ring",
+        "field",
+        "then",
+        "hence",
+        "implies",
+        "QED",
+        "forall",
+        "exists",
+    ],
+    "prose": [
+        "the",
+        "old",
+        "man",
+        "and",
+        "sea",
+        "whale",
+        "ship",
+        "said",
+        "she",
+        "looked",
+        "out",
+        "of",
+        "window",
+        "night",
+        "was",
+        "dark",
+    ],
 }
 EOS = "<|endoftext|>"
 
@@ -142,9 +192,7 @@ def write_shard(path: Path, texts: Sequence[str], *, extension: str = "txt") -> 
     return path
 
 
-def write_domain(
-    folder: Path, name: str, *, shards: int = 2, per_shard: int = 12, **card: Any
-) -> Path:
+def write_domain(folder: Path, name: str, *, shards: int = 2, per_shard: int = 12, **card: Any) -> Path:
     """A card and its shards; extra keywords become keys of the card."""
     for shard in range(shards):
         texts = documents(name, per_shard, seed=shard)

@@ -55,7 +55,8 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_no_part_of_the_new_one(
 
     limit = no_file_larger_than(20_000)
     try:
-        with pytest.raises(RunError, match=r"step-000006 cannot be written .* from step-000004 with --resume"):
+        message = r"step-000006 cannot be written .* from step-000004 with --resume"
+        with pytest.raises(RunError, match=message):
             train(config, on_losses=fill)
     finally:
         limit.__exit__(None, None, None)

@@ -1,7 +1,6 @@
 """The commands as a user types them: output, exit codes, and one line for every mistake."""
 
 import json
-import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -231,7 +230,7 @@ def test_unknown_commands_and_options_end_with_code_2(capsys: pytest.CaptureFixt
     """Typing errors are answered with the nearest command."""
     assert ddkmix("trian") == 2
     assert "Did you mean 'train'" in capsys.readouterr().err
-    assert "--format yaml: must be table, json or markdown" in refused(capsys, "show", "x", "--format", "yaml")
+    assert "must be table, json or markdown" in refused(capsys, "show", "x", "--format", "yaml")
     assert "is not a run directory" in refused(capsys, "show", "/nowhere")
     assert "gaps needs a CONFIG, or --teacher and --domains" in refused(capsys, "gaps", "--student", "x")
     assert "no such config" in refused(capsys, "lint", "/nowhere.yaml")
@@ -250,4 +249,4 @@ def test_a_run_dir_that_cannot_be_written_is_one_line(
     """A file in the place of the folder is refused."""
     (tmp_path / "run").write_text("a file")
     assert "exists and is not a run" in refused(capsys, "train", write_config(tiny_config()))
-    assert os.listdir(tmp_path) == ["config.yaml", "run"] or set(os.listdir(tmp_path)) >= {"run"}
+    assert "a file" == (tmp_path / "run").read_text()

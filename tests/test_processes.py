@@ -25,14 +25,10 @@ def launch(config: Path, *arguments: str, check: bool = True) -> subprocess.Comp
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--main_process_port", "0", "-m", "ddkmix", "train", str(config), *arguments]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, check=check, capture_output=True, text=True, timeout=300, env=environment
-    )
+    return subprocess.run(command, check=check, capture_output=True, text=True, timeout=300, env=environment)
 
 
-def test_two_ranks_train_as_one(
-    tmp_path: Path, tiny_config: Callable[..., ConfigTree]
-) -> None:
+def test_two_ranks_train_as_one(tmp_path: Path, tiny_config: Callable[..., ConfigTree]) -> None:
     """Same weights, same rows, and to float32 rounding the same losses at every step and evaluation; a run
     begun on two ranks goes on exactly as far on one."""
     tree = tiny_config(trainer={"steps": 6, "batch_rows": 6, "microbatch_rows": 2, "checkpoint_steps": 3})

@@ -34,7 +34,10 @@ def outcome(run_dir: Path) -> dict[str, bytes]:
     names = ["metrics.jsonl", "intervals.jsonl", "student/model.safetensors"]
     last = max((run_dir / "checkpoints").glob("step-*"))
     files = {name: run_dir / name for name in names}
-    files |= {f"last/{name}": last / name for name in ("model.safetensors", "state.json", "random-rank0.safetensors")}
+    files |= {
+        f"last/{name}": last / name
+        for name in ("model.safetensors", "state.json", "random-rank0.safetensors")
+    }
     return {name: path.read_bytes() for name, path in files.items()}
 
 
@@ -148,13 +151,9 @@ def test_kill_9_in_the_middle_then_resume_gives_the_same_bits(
     assert_same_outcome(full, killed)
 
 
-def test_ctrl_c_writes_a_checkpoint_and_resume_goes_on_from_it(
-    tmp_path: Path, tiny_config: Make
-) -> None:
+def test_ctrl_c_writes_a_checkpoint_and_resume_goes_on_from_it(tmp_path: Path, tiny_config: Make) -> None:
     """SIGINT ends the run after the present step with exit code 130 and one line; nothing is lost."""
-    tree = tiny_config(
-        trainer={"steps": 40, "checkpoint_steps": 1000}, mixture={"interval_steps": 10}
-    )
+    tree = tiny_config(trainer={"steps": 40, "checkpoint_steps": 1000}, mixture={"interval_steps": 10})
     full = run(tree, tmp_path / "full")
     stopped = tmp_path / "stopped"
     config = tmp_path / "stopped.yaml"
