@@ -7,18 +7,20 @@ the losses belong to their own dataclasses (`ddkmix/policies`, `ddkmix/losses`),
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ddkmix.errors import ConfigError, did_you_mean
+from ddkmix.overrides import apply_override, read_yaml
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -61,7 +63,7 @@ class Student(Section):
     """For `config`: fields of the transformers config to change (`num_hidden_layers: 6`)."""
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _complete(self) -> "Student":
         if self.init == "prune" and not self.layers:
             raise ValueError("init = 'prune' needs `layers`, the teacher layers to keep")
         if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
@@ -100,8 +102,8 @@ class Optimizer(Section):
 
     lr: Positive = 3e-5
     """Peak learning rate."""
-    beta1: Share = 0.9
-    beta2: Share = 0.95
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
     """Applied to matrices; not to norms and biases."""
@@ -176,12 +178,12 @@ class RunConfig(Section):
 
     run_dir: Path
     """Everything that the run writes goes here."""
-    domains: tuple[str, ...]
+    domains: Annotated[tuple[str, ...], Field(min_length=1)]
     """Domain cards: files, globs or folders of cards."""
     teacher: Teacher
     student: Student
     trainer: Trainer
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the order of the rows and, for `init: config`, the student's parameters."""
     cache_dir: Path = Path(".cache/ddkmix")
     """Packed rows and teacher losses, shared by runs."""
@@ -200,7 +202,7 @@ class RunConfig(Section):
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
-    def _agree(self) -> Self:
+    def _agree(self) -> "RunConfig":
         if self.schedule.warmup_steps > self.trainer.steps:
             raise ValueError(
                 f"schedule.warmup_steps = {self.schedule.warmup_steps} is more than "
@@ -223,11 +225,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: the file, a key or a value is wrong; the message names it and the rule.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config; give the path of a YAML file.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}.") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__}; a config is a mapping of sections.")
     return parse_overrides(tree, overrides, where=str(path))
@@ -240,7 +242,10 @@ def parse_overrides(tree: dict[str, Any], overrides: Sequence[str], *, where: st
         ConfigError: the first thing that is wrong.
     """
     for override in overrides:
-        _apply(tree, override)
+        section, dot, _ = override.partition(".")
+        if dot and section in ("policy", "loss") and tree.get(section) is None:
+            tree[section] = _default(section)
+        apply_override(tree, override)
     return parse_config(tree, where=where)
 
 
@@ -253,7 +258,7 @@ def parse_config(tree: dict[str, Any], *, where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, where)) from None
+        raise ConfigError(" ".join(_explain(error, where).split())) from None
 
 
 def dump_config(config: RunConfig) -> dict[str, Any]:
@@ -262,38 +267,10 @@ def dump_config(config: RunConfig) -> dict[str, Any]:
     return tree
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r} must be key=value, as in trainer.steps=20.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value.") from None
-    *parents, last = key.split(".")
-    node: Any = tree
-    for part in parents:
-        node = _child(node, part, override)
-    if isinstance(node, list):
-        node[_position(node, last, override)] = value
-    else:
-        node[last] = value
-
-
-def _child(node: Any, part: str, override: str) -> Any:
-    if isinstance(node, list):
-        return node[_position(node, part, override)]
-    if node.get(part) is None:
-        node[part] = {}
-    if not isinstance(node[part], dict | list):
-        raise ConfigError(f"override {override!r}: {part} is the value {node[part]!r}, not a section.")
-    return node[part]
-
-
-def _position(node: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(f"override {override!r}: {part!r} must be a position from 0 to {len(node) - 1}.")
-    return int(part)
+def _default(section: str) -> Any:
+    """What `policy.uniform_mix=0.3` changes in a config that names no policy: the parameters of DDK."""
+    default = RunConfig.model_fields[section].default
+    return [term.model_dump() for term in default] if section == "loss" else default.model_dump()
 
 
 def _explain(error: ValidationError, where: str) -> str:

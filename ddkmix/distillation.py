@@ -11,10 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ddkmix.batch import DenseSignal
-from ddkmix.loader import IGNORE
 from ddkmix.losses import LossTerm
 from ddkmix.losses.chunked import chunked_objective
 from ddkmix.models import head_of, hidden_states
+from ddkmix.reading import IGNORE
 
 
 class DistillationModel(nn.Module):

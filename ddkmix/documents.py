@@ -35,6 +35,7 @@ def read_documents(path: Path, text_field: str) -> Iterator[str]:
                     raise DataError(f"{path}: member {member.name} is cut short; copy the shard again.")
                 found += 1
                 yield _text(data, field, f"{path}: member {member.name}")
+            _check_end(path, tar.offset)
     except tarfile.TarError as error:
         raise DataError(f"{path} is not a whole tar file ({error}); copy or write it again.") from None
     if not found:
@@ -57,6 +58,18 @@ def _check_complete(path: Path) -> None:
         )
 
 
+def _check_end(path: Path, end: int) -> None:
+    """tarfile takes a damaged header, or the end mark between two joined tars, for the end of the shard."""
+    with path.open("rb") as file:
+        file.seek(end)
+        while chunk := file.read(1 << 20):
+            if chunk.strip(b"\0"):
+                raise DataError(
+                    f"{path} goes on after its tar ends at byte {end}: a header is damaged or tars were "
+                    "joined. Copy or write it again."
+                )
+
+
 def _text(data: bytes, field: str, where: str) -> str:
     try:
         text = data.decode("utf-8")
@@ -65,7 +78,7 @@ def _text(data: bytes, field: str, where: str) -> str:
         value = json.loads(text)[field]
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 ({error.reason} at byte {error.start}).") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(
             f"{where} is not JSON with a field {field!r}; correct the card's text_field."
         ) from None

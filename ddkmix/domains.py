@@ -10,7 +10,7 @@ Nothing is opened but the cards; `pack` reads the shards.
 """
 
 from collections.abc import Sequence
-from glob import glob  # Path.glob takes no absolute pattern
+from glob import escape, glob  # Path.glob takes no absolute pattern
 from pathlib import Path
 from typing import Annotated
 
@@ -85,7 +85,9 @@ def _card_paths(patterns: Sequence[str]) -> list[Path]:
     paths: list[Path] = []
     for pattern in patterns:
         if Path(pattern).is_dir():
-            pattern = str(Path(pattern) / "*.yaml")
+            pattern = str(Path(escape(pattern)) / "*.yaml")
+        elif Path(pattern).is_file():
+            pattern = escape(pattern)
         found = sorted(Path(match) for match in glob(pattern))  # noqa: PTH207
         if not found:
             raise DataError(
@@ -108,6 +110,8 @@ def _load(path: Path) -> Domain:
             f"{path}: domain {card.name!r} has no held_out shards; its loss gap cannot be measured "
             "without them. Set aside a few documents and name them under held_out."
         )
+    if not card.train:
+        raise DataError(f"{path}: domain {card.name!r} has no train shards; name them under train.")
     return Domain(
         name=card.name,
         card=path,

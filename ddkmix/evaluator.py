@@ -9,6 +9,8 @@ the gap pairs student and teacher row by row. The teacher never changes, so its 
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +22,11 @@ from ddkmix.distillation import predicted
 from ddkmix.errors import DataError
 from ddkmix.fingerprint import hash_json
 from ddkmix.index import DomainRows, RowReader
-from ddkmix.loader import IGNORE
 from ddkmix.order import DomainOrder, locate
+from ddkmix.reading import IGNORE
 from ddkmix.types import DomainLosses
+
+_DIGEST_BYTES = 32
 
 TokenNats = Callable[[Tensor, Tensor], Tensor]
 """(input_ids (B, T), labels (B, T)) -> cross-entropy (n,) of the predicted tokens in row order."""
@@ -53,8 +57,8 @@ def select_rows(rows: DomainRows, limit: int) -> HeldOut:
         seed=0,
         block_rows=rows.num_rows,
     )
-    places = sorted(locate(order, j) for j in range(min(limit, rows.num_rows)))
-    places = [(s, r) for s, r in places if rows.shards[s].num_tokens[r] > 1]
+    located = (locate(order, j) for j in range(rows.num_rows))
+    places = sorted(islice((p for p in located if rows.shards[p[0]].num_tokens[p[1]] > 1), limit))
     if not places:
         raise DataError(f"domain {rows.domain!r}: its held-out rows have no token to predict; add text.")
     return HeldOut(
@@ -122,7 +126,10 @@ def _mean_and_error(sums: Float[np.ndarray, " R"], counts: Int[np.ndarray, " R"]
 
 
 class NatsCache:
-    """Row sums of one frozen model on disk, one small file per domain, keyed by content."""
+    """Row sums of one frozen model on disk, one small file per domain, keyed by content.
+
+    A file is the SHA-256 of what follows and the sums as float64: damage costs a measurement, no more.
+    """
 
     def __init__(self, folder: Path, model: str) -> None:
         """`model` is the fingerprint of everything about the model that changes its losses."""
@@ -131,23 +138,26 @@ class NatsCache:
     def load(self, held_out: HeldOut) -> Float[np.ndarray, " R"] | None:
         """The sums, or None if they are not there or cannot be read."""
         try:
-            sums: Float[np.ndarray, " R"] = np.load(self._path(held_out), allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+            data = self._path(held_out).read_bytes()
+        except OSError:
             return None
-        return sums if sums.shape == (len(held_out.places),) else None
+        digest, data = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+        if digest != sha256(data).digest() or len(data) != 8 * len(held_out.places):
+            return None
+        return np.frombuffer(data, dtype="<f8").copy()
 
     def save(self, held_out: HeldOut, sums: Float[np.ndarray, " R"]) -> None:
         """Keep the sums; atomic."""
         path = self._path(held_out)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            np.save(file, sums, allow_pickle=False)
+        data = sums.astype("<f8").tobytes()
+        temporary.write_bytes(sha256(data).digest() + data)
         temporary.replace(path)
 
     def _path(self, held_out: HeldOut) -> Path:
         key = hash_json([self._model, held_out.rows.fingerprint, held_out.places])
-        return self._folder / f"{held_out.rows.domain}-{key[:16]}.npy"
+        return self._folder / f"{held_out.rows.domain}-{key[:16]}.f8"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -36,12 +36,7 @@ class FileDigests:
 
     def __init__(self, cache_dir: Path) -> None:
         self._path = cache_dir / "digests.json"
-        self._known: dict[str, list[Any]] = {}
-        if self._path.exists():
-            try:
-                self._known = json.loads(self._path.read_text())
-            except (ValueError, OSError):
-                self._known = {}  # only a cache: a damaged one costs a recomputation
+        self._known = _read_memory(self._path)
 
     def of(self, path: Path) -> str:
         """The digest of one file.
@@ -56,15 +51,38 @@ class FileDigests:
         if stat.st_size == 0:
             raise DataError(f"{path}: the file is empty (0 bytes); remove it or write it again.")
         key, mark = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
-        known = self._known.get(key)
-        if known is None or known[:2] != mark:
+        if self._known.get(key, [])[:2] != mark:
             self._known[key] = [*mark, hash_file(path)]
         digest: str = self._known[key][2]
         return digest
 
     def save(self) -> None:
-        """Write the memory to disk; several processes may do so at once, the last one wins."""
-        write_atomically(self._path, json.dumps(self._known))
+        """Write the memory to disk; several processes may do so at once, the last one wins.
+
+        Raises:
+            DataError: the cache folder cannot be written.
+        """
+        try:
+            write_atomically(self._path, json.dumps(self._known))
+        except OSError as error:
+            raise DataError(
+                f"{self._path} cannot be written ({error.strerror}); free space or move cache_dir."
+            ) from None
+
+
+def _read_memory(path: Path) -> dict[str, list[Any]]:
+    """Remembered digests; only a cache, so what is damaged costs a recomputation and nothing else."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return {}
+    if not isinstance(known, dict):
+        return {}
+    return {
+        key: entry
+        for key, entry in known.items()
+        if isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], str)
+    }
 
 
 def write_atomically(path: Path, text: str) -> None:

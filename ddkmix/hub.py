@@ -4,7 +4,6 @@ No torch and no transformers here: `lint` and `plan` answer from these files alo
 """
 
 import json
-import struct
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -45,11 +44,21 @@ def read_model_config(name: str, revision: str | None = None) -> dict[str, Any]:
     Raises:
         ModelError: it cannot be had or read.
     """
-    path = model_file(name, "config.json", revision)
+    return read_json_object(model_file(name, "config.json", revision))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """One of the JSON files of a model.
+
+    Raises:
+        ModelError: it is not a JSON object.
+    """
     try:
-        tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{path} is not JSON ({error}); save the model again.") from None
+    if not isinstance(tree, dict):
+        raise ModelError(f"{path} is not JSON with keys but a {type(tree).__name__}; save the model again.")
     return tree
 
 
@@ -95,12 +104,31 @@ def common_vocab(student_size: int, teacher_size: int, tokenizer_size: int) -> i
 
 
 def parameter_counts(name: str, revision: str | None = None) -> dict[str, int] | None:
-    """Elements of each parameter, from the headers of the safetensors files; None if they are not here."""
+    """Elements of each parameter, from the headers of the safetensors files; None if they are not here.
+
+    Raises:
+        ModelError: a file is damaged.
+    """
     files = sorted(model_file(name, "config.json", revision).parent.glob("*.safetensors"))
     counts: dict[str, int] = {}
     for path in files:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
+        header = _safetensors_header(path)
         counts.update({k: prod(v["shape"]) for k, v in header.items() if k != "__metadata__"})
     return counts or None
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    """Eight bytes of length, then that much JSON."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        data = file.read(min(length, size))  # a damaged length could ask for exabytes
+    try:
+        if len(data) < length:
+            raise ValueError(f"{len(data)} of {length} header bytes")
+        header: dict[str, Any] = json.loads(data)
+    except ValueError as error:
+        raise ModelError(
+            f"{path} is not a whole safetensors file ({error}); download or save it again."
+        ) from None
+    return header

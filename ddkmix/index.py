@@ -7,10 +7,13 @@ bytes of text they predict. One index per shard, never one database.
 
 import json
 import os
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
+from lzma import LZMAError
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Int, UInt
@@ -18,6 +21,18 @@ from jaxtyping import Int, UInt
 from ddkmix.errors import DataError
 
 _OPEN_FILES = 64
+_DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    RuntimeError,
+    BadZipFile,
+    zlib.error,
+    LZMAError,
+)
+"""What numpy, zipfile and json raise on damaged files; a test flips bytes to find them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -59,17 +74,20 @@ def write_index(index: ShardIndex) -> None:
         "tar_bytes": index.path.stat().st_size,
         "report": index.report,
     }
-    with temporary.open("wb") as file:
-        np.savez(
-            file,
-            offsets=index.offsets,
-            num_tokens=index.num_tokens,
-            num_bytes=index.num_bytes,
-            meta=np.array(json.dumps(meta)),
-        )
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(target)
+    try:
+        with temporary.open("wb") as file:
+            np.savez(
+                file,
+                offsets=index.offsets,
+                num_tokens=index.num_tokens,
+                num_bytes=index.num_bytes,
+                meta=np.array(json.dumps(meta)),
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_index(shard: Path) -> ShardIndex:
@@ -80,7 +98,7 @@ def read_index(shard: Path) -> ShardIndex:
     """
     sidecar = index_path(shard)
     try:
-        with np.load(sidecar, allow_pickle=False) as arrays:
+        with sidecar.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             meta = json.loads(str(arrays["meta"]))
             index = ShardIndex(
                 path=shard,
@@ -92,8 +110,9 @@ def read_index(shard: Path) -> ShardIndex:
                 report=meta["report"],
             )
         size = shard.stat().st_size
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise DataError(f"{sidecar} cannot be read ({error}); delete its folder to pack again.") from None
+    except _DAMAGE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{sidecar} cannot be read ({reason}); delete its folder to pack again.") from None
     if size != meta["tar_bytes"]:
         raise DataError(
             f"{shard} has {size} bytes but was packed with {meta['tar_bytes']}; it is truncated or was "
@@ -149,11 +168,14 @@ class RowReader:
         """The `seq_len` tokens of one row, padding included.
 
         Raises:
-            DataError: the shard ends before the row does.
+            DataError: the shard cannot be read or ends before the row does.
         """
         index = self.rows.shards[shard]
         itemsize = np.dtype(index.dtype).itemsize
-        data = os.pread(self._file(shard), index.seq_len * itemsize, int(index.offsets[row]))
+        try:
+            data = os.pread(self._file(shard), index.seq_len * itemsize, int(index.offsets[row]))
+        except OSError as error:
+            raise DataError(f"{index.path} cannot be read ({error.strerror}).") from None
         if len(data) != index.seq_len * itemsize:
             raise DataError(
                 f"{self.rows.name_of(shard, row)}: {len(data)} of {index.seq_len * itemsize} bytes at "

@@ -7,20 +7,18 @@ the loop received; batches of the old weights that workers have already read are
 planned again, so a change is whole at the next step at any worker count and prefetch depth.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from multiprocessing import Value
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from ddkmix.domains import load_domains
 from ddkmix.errors import ConfigError, DataError, MixtureExhausted
 from ddkmix.fingerprint import hash_json
-from ddkmix.index import DomainRows, RowReader
+from ddkmix.index import DomainRows
 from ddkmix.order import DomainOrder, locate
 from ddkmix.pack import pack_domains
 from ddkmix.planner import (
@@ -36,55 +34,13 @@ from ddkmix.planner import (
     quantise,
     with_weights,
 )
+from ddkmix.reading import ReadAhead, Task
 from ddkmix.tokenizer import read_tokenizer
 from ddkmix.types import simplex_vector
 
-IGNORE = -100
-"""Label of a position that predicts nothing (transformers' convention)."""
 _KEPT_STATES = 64
 """Loops that read ahead ask for the state of a recent step; more is never read ahead."""
 STATE_FORMAT = 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """What one worker call must read."""
-
-    version: int
-    rows: tuple[tuple[int, int], ...]
-    """(domain, j) of each row."""
-
-
-class _Rows:
-    """A map-style dataset whose keys are tasks; the only code that runs in workers."""
-
-    def __init__(
-        self, readers: Sequence[RowReader], orders: Sequence[DomainOrder], live_version: Any
-    ) -> None:
-        self._readers, self._orders, self._live_version = readers, orders, live_version
-
-    def __getitem__(self, task: _Task) -> dict[str, Any]:
-        if task.version < self._live_version.value:
-            return {"version": task.version}  # dropped by the loop; reading it would be wasted
-        try:
-            return {"version": task.version, **self._read(task)}
-        except DataError as error:  # as a value, or the worker's traceback would bury the message
-            return {"version": task.version, "error": str(error)}
-
-    def _read(self, task: _Task) -> dict[str, Any]:
-        seq_len = self._readers[0].rows.seq_len
-        input_ids = np.empty((len(task.rows), seq_len), dtype=np.int64)
-        labels = np.full_like(input_ids, IGNORE)
-        for i, (domain, j) in enumerate(task.rows):
-            shard, row = locate(self._orders[domain], j)
-            input_ids[i] = self._readers[domain].read(shard, row)
-            valid = int(self._readers[domain].rows.shards[shard].num_tokens[row])
-            labels[i, :valid] = input_ids[i, :valid]
-        return {
-            "input_ids": input_ids,
-            "labels": labels,
-            "domain_ids": np.array([domain for domain, _ in task.rows], dtype=np.int64),
-        }
 
 
 class DomainMixture:
@@ -126,30 +82,14 @@ class DomainMixture:
             block_rows: see `order`.
 
         Raises:
-            ConfigError: batch_rows does not divide by world_size, or the weights are wrong.
+            ConfigError: batch_rows does not divide by world_size, or another argument is wrong.
             DataError: the domains have no rows or rows of different length.
         """
-        if batch_rows < 1 or batch_rows % world_size:
-            raise ConfigError(
-                f"batch_rows = {batch_rows} rows cannot be dealt evenly to {world_size} processes; use a "
-                f"positive multiple of {world_size}."
-            )
-        lengths = {name: domain.seq_len for name, domain in rows.items()}
-        if not rows or len(set(lengths.values())) != 1:
-            raise DataError(f"domains must have rows of one length; seq_len by domain: {lengths}.")
+        _check_arguments(rows, batch_rows, rank, world_size, num_workers, prefetch_steps)
         self.domains = tuple(sorted(rows))
         self._rows = [rows[name] for name in self.domains]
         self._rank, self._world_size = rank, world_size
-        self._num_workers, self._prefetch_steps = num_workers, prefetch_steps
-        self._orders = [
-            DomainOrder(
-                domain=domain.domain,
-                shard_rows=tuple(shard.num_rows for shard in domain.shards),
-                seed=seed,
-                block_rows=block_rows,
-            )
-            for domain in self._rows
-        ]
+        self._orders = [_order(domain, seed, block_rows) for domain in self._rows]
         self._settings = PlanSettings(
             domains=self.domains,
             batch_rows=batch_rows,
@@ -157,17 +97,17 @@ class DomainMixture:
             cap_rows=tuple(_cap(domain, max_epochs) for domain in self._rows),
             on_cap=on_cap,
         )
-        vector = (
-            self.natural_weights
-            if weights is None
-            else simplex_vector(weights, self.domains, where="mixture weights")
-        )
+        vector = self.natural_weights
+        if weights is not None:
+            vector = simplex_vector(weights, self.domains, where="mixture weights")
         self._consumed = initial_state(self._settings, vector)
         self._ahead = self._consumed
         self._recent: OrderedDict[int, PlannerState] = OrderedDict({0: self._consumed})
-        self._pending: OrderedDict[tuple[int, int], tuple[StepPlan, PlannerState]] = OrderedDict()
-        self._live_version = Value("q", 0, lock=False)
-        self._batches: Iterator[dict[str, Any]] | None = None
+        self._pending: deque[tuple[StepPlan, PlannerState]] = deque()
+        """What was planned and not yet received, oldest first."""
+        self._reader = ReadAhead(
+            self._rows, self._orders, self._tasks, num_workers=num_workers, prefetch_steps=prefetch_steps
+        )
         self.last_plan: StepPlan | None = None
         """The plan of the last batch, of all ranks."""
 
@@ -325,7 +265,7 @@ class DomainMixture:
 
     def close(self) -> None:
         """Stop the workers and close the files; iterating again starts them anew."""
-        self._batches = None
+        self._reader.close()
         self._ahead = self._consumed
         self._pending.clear()
 
@@ -333,40 +273,30 @@ class DomainMixture:
         return self
 
     def __next__(self) -> dict[str, Any]:
-        while True:
-            if self._batches is None:
-                self._batches = self._start()
-            item = self._receive(self._batches)
-            if item is None:
-                # either nothing is left, or the plan ran dry under weights that have since changed
-                self.close()
-                if self._is_exhausted():
-                    raise StopIteration
-                continue
-            if int(item.pop("version")) != self._live_version.value:
-                continue
-            if "error" in item:
-                raise DataError(item["error"])
-            _, (self.last_plan, self._consumed) = self._pending.popitem(last=False)
-            self._recent[self._consumed.step] = self._consumed
-            while len(self._recent) > _KEPT_STATES:
-                self._recent.popitem(last=False)
-            return item
+        batch = self._receive()
+        if batch is None:
+            # either nothing is left, or the plan ran dry under weights that have since changed
+            if self._is_exhausted():
+                raise StopIteration
+            batch = self._receive()
+            assert batch is not None  # the step that was just planned
+        self.last_plan, self._consumed = self._pending.popleft()
+        self._recent[self._consumed.step] = self._consumed
+        while len(self._recent) > _KEPT_STATES:
+            self._recent.popitem(last=False)
+        return batch
 
-    def _receive(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+    def _receive(self) -> dict[str, Any] | None:
+        batch = None
         try:
-            return next(batches, None)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            self.close()
-            reason = " ".join(str(error).split())
-            raise DataError(
-                f"a reader process ended at step {self._consumed.step}: {reason} Often it ran out of memory; "
-                "use fewer loader.workers, then resume."
-            ) from None
+            batch = self._reader.receive()
+        finally:
+            if batch is None:  # reading has stopped, whatever the reason: go on from the last batch
+                self.close()
+        return batch
 
     def _is_exhausted(self) -> bool:
+        """Whether no step can be planned; raises DataError where `on_cap` is "error"."""
         try:
             plan_step(self._settings, self._consumed)
         except MixtureExhausted:
@@ -375,56 +305,54 @@ class DomainMixture:
 
     def _rewind(self, state: PlannerState) -> None:
         """Go on from `state`; what workers have read ahead of it becomes stale."""
-        self._live_version.value += 1
+        self._reader.invalidate()
         self._consumed = self._ahead = state
         self._recent[state.step] = state
         self._pending.clear()
 
-    def _tasks(self) -> Iterator[_Task]:
+    def _tasks(self) -> Iterator[Task]:
         """Plan one step whenever the DataLoader has room for another task."""
         while True:
             try:
                 plan, self._ahead = plan_step(self._settings, self._ahead)
-            except MixtureExhausted:
-                return
-            version = int(self._live_version.value)
-            self._pending[version, plan.step] = plan, self._ahead
+            except DataError:
+                return  # when the loop gets there, `_is_exhausted` plans this step again and says so
+            self._pending.append((plan, self._ahead))
             slots = deal(plan, self._rank, self._world_size)
             rows = zip(plan.domain_ids[slots].tolist(), plan.row_numbers[slots].tolist(), strict=True)
-            yield _Task(version, tuple(rows))
+            yield Task(self._reader.version, tuple(rows))
 
-    def _start(self) -> Iterator[dict[str, Any]]:
-        from torch import Generator
-        from torch.utils.data import DataLoader
 
-        dataset = _Rows([RowReader(rows) for rows in self._rows], self._orders, self._live_version)
-        loader: DataLoader[dict[str, Any]] = DataLoader(
-            dataset,  # type: ignore[arg-type]  # a map-style dataset without a length
-            batch_size=None,
-            sampler=_Once(self._tasks),
-            num_workers=self._num_workers,
-            prefetch_factor=self._prefetch_steps if self._num_workers else None,
-            generator=Generator(),  # its own, or starting workers would move the run's random state
+def _check_arguments(
+    rows: Mapping[str, DomainRows],
+    batch_rows: int,
+    rank: int,
+    world_size: int,
+    num_workers: int,
+    prefetch_steps: int,
+) -> None:
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank = {rank} of {world_size} processes; ranks count from 0.")
+    if num_workers < 0 or prefetch_steps < 1:
+        raise ConfigError(
+            f"num_workers = {num_workers}, prefetch_steps = {prefetch_steps}; workers must be >= 0 and "
+            "each must read at least 1 step ahead."
         )
-        return iter(loader)
+    if batch_rows < 1 or batch_rows % world_size:
+        raise ConfigError(
+            f"batch_rows = {batch_rows} rows cannot be dealt evenly to {world_size} processes; use a "
+            f"positive multiple of {world_size}."
+        )
+    lengths = {name: domain.seq_len for name, domain in rows.items()}
+    if not rows or len(set(lengths.values())) != 1:
+        raise DataError(f"domains must have rows of one length; seq_len by domain: {lengths}.")
 
 
-class _Once:
-    """An iterable over a generator function, as DataLoader wants its sampler."""
-
-    def __init__(self, function: Callable[[], Iterator[_Task]]) -> None:
-        self._function = function
-
-    def __iter__(self) -> Iterator[_Task]:
-        return self._function()
+def _order(rows: DomainRows, seed: int, block_rows: int) -> DomainOrder:
+    sizes = tuple(shard.num_rows for shard in rows.shards)
+    return DomainOrder(domain=rows.domain, shard_rows=sizes, seed=seed, block_rows=block_rows)
 
 
 def _cap(rows: DomainRows, max_epochs: float | None) -> int | None:
     limits = [limit for limit in (rows.max_epochs, max_epochs) if limit is not None]
     return int(min(limits) * rows.num_rows) if limits else None
-
-
-def served_ids(plan: StepPlan, num_domains: int) -> Int[np.ndarray, " N"]:
-    """Rows that each domain serves in a plan."""
-    counts: Int[np.ndarray, " N"] = np.bincount(plan.domain_ids, minlength=num_domains)
-    return counts

@@ -36,7 +36,7 @@ class LossWindow:
         total = max(sum(counts), 1.0)
         record: dict[str, float | int] = {
             "train/objective": sum(w * sum(t) for w, t in zip(weights, terms, strict=True)) / total,
-            "train/tokens": int(total),
+            "train/tokens": int(sum(counts)),
         }
         for name, term in zip(self._terms, terms, strict=True):
             record[f"train/{name}"] = sum(term) / total

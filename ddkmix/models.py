@@ -26,24 +26,36 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+_NOT_PER_LAYER = ("architectures", "_token_id", "_tokens")
+"""Endings of config fields whose lists are as long as there are layers only by chance."""
 
 
 def load_model(name: str, *, revision: str | None = None, dtype: str = "float32") -> nn.Module:
     """A causal language model from a local folder or the Hub; safetensors only, no remote code.
 
     Raises:
-        ModelError: transformers cannot load it.
+        ModelError: transformers cannot load it, or the files lack some of its parameters.
     """
     from transformers import AutoModelForCausalLM
 
     read_model_config(name, revision)  # a clear message for the usual mistakes
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=getattr(torch, dtype), use_safetensors=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,  # unset, transformers would ask on the terminal
+            output_loading_info=True,
         )
     except Exception as error:  # transformers raises a dozen types here; all mean the same to a user
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{name} cannot be loaded as a causal language model: {reason}") from None
+        raise ModelError(f"{name} cannot be loaded as a causal language model: {_reason(error)}") from None
+    model: nn.Module = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):  # transformers fills them with random numbers
+        raise ModelError(
+            f"{name} lacks {len(missing)} parameters of {type(model).__name__}, such as {missing[0]}; save "
+            "the whole model with save_pretrained."
+        )
     return model
 
 
@@ -93,7 +105,8 @@ def prune_depth(model: nn.Module, layers: tuple[int, ...]) -> nn.Module:
         number, _, rest = key[len(prefix) :].partition(".")
         if int(number) in new_of:
             kept[f"{prefix}{new_of[int(number)]}.{rest}"] = value
-    pruned_config = type(config).from_dict(_kept_layers(config.to_dict(), layers))
+    tree = _kept_layers(config.to_dict(), layers, config.num_hidden_layers)
+    pruned_config = type(config).from_dict(tree)
     pruned: nn.Module = AutoModelForCausalLM.from_config(pruned_config, dtype=torch.float32)
     missing, unexpected = pruned.load_state_dict(kept, strict=False)
     if missing or unexpected:
@@ -161,27 +174,44 @@ def _from_config(config: Student, teacher: Teacher, seed: int) -> nn.Module:
 
     name, revision = (config.model, config.revision) if config.model else (teacher.model, teacher.revision)
     read_model_config(name, revision)
-    base = AutoConfig.from_pretrained(name, revision=revision)
+    try:
+        base = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as error:  # as in `load_model`
+        raise ModelError(f"{name} has no config that transformers can use: {_reason(error)}") from None
     known = base.to_dict()
     for key in config.overrides:
         if key not in known:
             raise ConfigError(f"student.overrides.{key} is not a field of {type(base).__name__}.")
     tree = {**known, **config.overrides}
-    if "num_hidden_layers" in config.overrides:
-        tree = _kept_layers(tree, tuple(range(int(config.overrides["num_hidden_layers"]))))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        student: nn.Module = AutoModelForCausalLM.from_config(type(base).from_dict(tree), dtype=torch.float32)
+    try:
+        if "num_hidden_layers" in config.overrides:
+            layers = tuple(range(int(config.overrides["num_hidden_layers"])))
+            tree = _kept_layers(tree, layers, base.num_hidden_layers)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            student: nn.Module = AutoModelForCausalLM.from_config(
+                type(base).from_dict(tree), dtype=torch.float32
+            )
+    except Exception as error:  # every architecture has rules of its own
+        raise ConfigError(
+            f"student.overrides = {config.overrides} make no {type(base).__name__}: {_reason(error)}"
+        ) from None
     return student
 
 
-def _kept_layers(tree: dict[str, Any], layers: tuple[int, ...]) -> dict[str, Any]:
-    """A transformers config for some of the layers; per-layer lists follow."""
-    tree = {**tree, "num_hidden_layers": len(layers)}
-    types = tree.get("layer_types")
-    if types:
-        tree["layer_types"] = [types[i % len(types)] for i in layers]
-    return tree
+def _reason(error: Exception) -> str:
+    """What transformers says, in one line of a bearable length."""
+    return " ".join(str(error).split())[:300]
+
+
+def _kept_layers(tree: dict[str, Any], layers: tuple[int, ...], num_layers: int) -> dict[str, Any]:
+    """The config of a model with `num_layers` layers for some of them; lists with an entry a layer follow."""
+    per_layer = {
+        key: [value[i % num_layers] for i in layers]
+        for key, value in tree.items()  # layer_types, no_rope_layers, ...
+        if isinstance(value, list) and len(value) == num_layers and not key.endswith(_NOT_PER_LAYER)
+    }
+    return {**tree, **per_layer, "num_hidden_layers": len(layers)}
 
 
 def _layer_prefix(state: dict[str, Any], num_layers: int) -> str:
@@ -214,8 +244,13 @@ def _check_head(model: nn.Module, head: Head) -> None:
     )
     theirs = model(input_ids=input_ids, use_cache=False).logits[0].float()
     model.train(was_training)
+    if not theirs.isfinite().all():
+        raise ModelError(
+            f"{type(model).__name__} gives logits that are not finite on a few tokens; its parameters are "
+            "damaged. Load another copy."
+        )
     error = (ours - theirs).abs().max().item()
-    if not error <= 1e-2 * max(1.0, theirs.abs().max().item()):
+    if not error <= 1e-2 * theirs.abs().max().item():  # bfloat16 rounds to 4e-3
         raise ModelError(
             f"{type(model).__name__}: hidden states and output layer give logits that differ by {error:.3g} "
             "from the model's own; it changes its logits in a way that ddkmix does not know. Open an issue "

@@ -27,6 +27,7 @@ from ddkmix.domains import Domain
 from ddkmix.errors import DataError
 from ddkmix.fingerprint import FileDigests, hash_json
 from ddkmix.index import DomainRows, ShardIndex, index_path, read_index, write_index
+from ddkmix.token_stream import TokenStream
 from ddkmix.tokenizer import TokenizerCard
 
 FORMAT = 1
@@ -96,11 +97,6 @@ def packed_folders(
         )
     digests.save()
     return folders
-
-
-def is_packed(domain: Domain, folder: Path) -> bool:
-    """Whether every shard of the domain has its rows and index."""
-    return all(index_path(folder / path.name).exists() for path in (*domain.train, *domain.held_out))
 
 
 def open_packed(domain: Domain, folder: Path, fingerprint: str) -> PackedDomain:
@@ -219,7 +215,7 @@ def _run(jobs: Sequence[_Job], processes: int) -> Iterator[None]:
 
 def pack_shard(job: _Job) -> None:
     """Pack one shard of documents: rows first, the index that vouches for them last."""
-    stream = _TokenStream(job)
+    stream = TokenStream(job.tokenizer, separator_id=job.separator_id, seq_len=job.seq_len)
     dropped: Counter[str] = Counter()
     batch: list[str] = []
     for text in read_documents(job.documents, job.text_field):
@@ -240,63 +236,22 @@ def pack_shard(job: _Job) -> None:
         "bytes": stream.num_bytes,
         "dropped": dict(dropped),
     }
-    write_index(
-        ShardIndex(
-            path=job.rows,
-            offsets=_write_tar(job.rows, rows.astype(job.dtype)),
-            num_tokens=num_tokens,
-            num_bytes=num_bytes,
-            seq_len=job.seq_len,
-            dtype=job.dtype,
-            report=report,
-        )
-    )
-
-
-class _TokenStream:
-    """The tokens of one shard, and for each the bytes of text that end with it."""
-
-    def __init__(self, job: _Job) -> None:
-        from tokenizers import Tokenizer
-
-        self._job = job
-        self._tokenizer = Tokenizer.from_file(str(job.tokenizer))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        # "<|endoftext|>" written in a document is text, not a document's end
-        self._tokenizer.encode_special_tokens = True
-        self._ids: list[Int[np.ndarray, " n"]] = []
-        self._ends: list[Int[np.ndarray, " n"]] = []
-        self.num_documents = 0
-        self.num_bytes = 0
-
-    def add(self, documents: Sequence[str]) -> None:
-        encodings = self._tokenizer.encode_batch(list(documents), add_special_tokens=False)
-        for text, encoding in zip(documents, encodings, strict=True):
-            ends = np.array([end for _, end in encoding.offsets], dtype=np.int64)
-            bytes_before = np.concatenate([[0], np.cumsum(_utf8_lengths(text))])
-            size = int(bytes_before[-1])
-            self._ids.append(np.array([*encoding.ids, self._job.separator_id], dtype=np.int64))
-            # offsets of a normalised text may lack its end; the separator closes the count
-            self._ends.append(
-                np.concatenate([np.maximum.accumulate(bytes_before[ends]), [size]]) + self.num_bytes
+    try:
+        write_index(
+            ShardIndex(
+                path=job.rows,
+                offsets=_write_tar(job.rows, rows.astype(job.dtype)),
+                num_tokens=num_tokens,
+                num_bytes=num_bytes,
+                seq_len=job.seq_len,
+                dtype=job.dtype,
+                report=report,
             )
-            self.num_bytes += size
-            self.num_documents += 1
-
-    def rows(
-        self,
-    ) -> tuple[Int[np.ndarray, "R T"], Int[np.ndarray, " R"], Int[np.ndarray, " R"]]:
-        """Rows of tokens, their valid tokens, and the bytes that all but the first of those cover."""
-        seq_len = self._job.seq_len
-        ids = np.concatenate([np.zeros(0, np.int64), *self._ids])
-        ends = np.concatenate([np.zeros(0, np.int64), *self._ends])
-        num_rows = -(-len(ids) // seq_len)
-        padded = np.full(num_rows * seq_len, self._job.separator_id, dtype=np.int64)
-        padded[: len(ids)] = ids
-        starts = np.arange(num_rows) * seq_len
-        last = np.minimum(starts + seq_len, len(ids)) - 1
-        return padded.reshape(num_rows, seq_len), last - starts + 1, ends[last] - ends[starts]
+        )
+    except OSError as error:
+        raise DataError(
+            f"{job.rows} cannot be written ({error.strerror}); free space or move cache_dir."
+        ) from None
 
 
 def _write_tar(path: Path, rows: UInt[np.ndarray, "R T"]) -> Int[np.ndarray, " R"]:
@@ -323,16 +278,6 @@ def _write_tar(path: Path, rows: UInt[np.ndarray, "R T"]) -> Int[np.ndarray, " R
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be written ({error.strerror}); free space or move cache_dir."
-        ) from None
     finally:
         temporary.unlink(missing_ok=True)
     return offsets
-
-
-def _utf8_lengths(text: str) -> Int[np.ndarray, " n"]:
-    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-    lengths: Int[np.ndarray, " n"] = np.searchsorted([0x80, 0x800, 0x10000], points, side="right") + 1
-    return lengths

@@ -36,17 +36,20 @@ def build(spec: Mapping[str, Any], table: Mapping[str, type], *, where: str) -> 
     try:
         return TypeAdapter(cls).validate_python(parameters)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        at = f"{where}.{field} = {first['input']!r}" if field else where
-        raise ConfigError(f"{at}: {first['msg'].removeprefix('Value error, ')}.") from None
+        first, *others = error.errors()
+        field = str(first["loc"][0]) if first["loc"] else ""
+        # a field of several types has an error for each of them
+        same = [other for other in others if field and str(other["loc"][0]) == field]
+        rules = [found["msg"].removeprefix("Value error, ") for found in (first, *same)]
+        at = f"{where}.{field} = {parameters[field]!r}" if field in parameters else f"{where}.{field}"
+        raise ConfigError(f"{at.rstrip('.')}: {'; '.join(dict.fromkeys(rules))}.") from None
 
 
 def _import(target: str, *, where: str) -> type:
     module, _, attribute = target.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{where}.name = {target!r} cannot be imported ({error}); it must be package.module:Name "
             "of an installed or PYTHONPATH module."

@@ -5,14 +5,13 @@ change how text becomes ids (truncation, padding, the template of special tokens
 leaves those out: it answers "do teacher and student read text alike?".
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ddkmix.errors import ConfigError, ModelError
 from ddkmix.fingerprint import hash_json
-from ddkmix.hub import model_file
+from ddkmix.hub import model_file, read_json_object
 
 _NOT_ENCODING = ("version", "truncation", "padding", "post_processor", "decoder")
 
@@ -47,8 +46,8 @@ def read_tokenizer(name: str, *, revision: str | None = None, separator: str | N
         ConfigError: the separator is not a token.
     """
     path = model_file(name, "tokenizer.json", revision)
+    tree = read_json_object(path)
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
         ids = _token_ids(tree)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is not a tokenizer.json ({error}); save the tokenizer again.") from None
@@ -79,7 +78,7 @@ def _token_ids(tree: dict[str, Any]) -> dict[str, int]:
 
 def _eos_token(name: str, revision: str | None) -> str:
     path = model_file(name, "tokenizer_config.json", revision)
-    token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+    token = read_json_object(path).get("eos_token")
     if isinstance(token, dict):
         token = token.get("content")
     if not isinstance(token, str):

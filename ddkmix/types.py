@@ -54,8 +54,8 @@ class DomainLosses:
     def _bits_per_byte(self, loss: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
         return loss * self.num_tokens / (LN_2 * np.maximum(self.num_bytes, 1))
 
-    def to_json(self) -> dict[str, dict[str, float]]:
-        """One entry per domain, every number a plain Python one."""
+    def to_json(self) -> dict[str, dict[str, float | None]]:
+        """One entry per domain, every number a plain Python one; None (JSON's null) if it is not finite."""
         columns = {
             "student_loss": self.student_loss,
             "teacher_loss": self.teacher_loss,
@@ -69,7 +69,9 @@ class DomainLosses:
             "num_bytes": self.num_bytes,
         }
         return {
-            domain: {name: column[i].item() for name, column in columns.items()}
+            domain: {
+                name: column[i].item() if np.isfinite(column[i]) else None for name, column in columns.items()
+            }
             for i, domain in enumerate(self.domains)
         }
 

@@ -111,9 +111,9 @@ def padded_domains(tmp_path: Path) -> Path:
 def test_micro_batches_change_nothing_but_rounding(
     tmp_path: Path, tiny_config: Make, padded_domains: Path, microbatch: int
 ) -> None:
-    """The same rows in smaller pieces, of unequal size and padding: the loss is normalised by the valid tokens
-    of the step, so metrics agree to float32 rounding. (The batches are such that averaging the means of
-    the pieces would not: their numbers of valid tokens differ.)"""
+    """The same rows in smaller pieces, of unequal size and padding: the loss is normalised by the valid
+    tokens of the step, so metrics agree to float32 rounding. (The batches are such that averaging the means
+    of the pieces would not: their numbers of valid tokens differ.)"""
     sizes = {"steps": 5, "batch_rows": 6}
     tree = tiny_config(trainer=sizes, domains=[str(padded_domains)], cache_dir=str(tmp_path / "cache"))
     config, whole, _ = trained(tree, tmp_path / "whole")

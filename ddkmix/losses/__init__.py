@@ -8,7 +8,7 @@ the function in the file of its name. To add a loss: write the file, add its dat
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 from pydantic import Field
 
@@ -17,6 +17,7 @@ from ddkmix.errors import ConfigError
 from ddkmix.plugins import build
 
 
+@runtime_checkable
 class TokenLoss(Protocol):
     """What a loss must offer."""
 

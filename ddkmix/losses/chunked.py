@@ -43,12 +43,15 @@ def chunked_objective(
         teacher_head: the teacher's output layer.
         chunk_tokens: tokens whose logits exist at one time.
     """
+    weight, bias = head.weight, head.bias
+    if not torch.is_grad_enabled():  # a Function is not told, and would make gradients for nobody
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     # the compute type is that of `hidden`; autocast would choose again inside every chunk
     with torch.autocast(hidden.device.type, enabled=False):
         return _ChunkedObjective.apply(  # type: ignore[no-untyped-call]
             hidden,
-            head.weight,
-            head.bias,
+            weight,
+            bias,
             head,
             labels,
             token_weight,

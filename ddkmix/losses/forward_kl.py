@@ -6,9 +6,14 @@ arguments the other way round but calls the reverse direction a different method
 `scale_by_temperature` undoes that, as Hinton et al. (arXiv 1503.02531) do.
 """
 
+import math
+
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+
+_NO_MASS = -1e30
+"""A finite logarithm whose exponential is 0 in every float type."""
 
 
 def forward_kl(
@@ -19,9 +24,12 @@ def forward_kl(
     scale_by_temperature: bool = True,
 ) -> Float[Tensor, " n"]:
     """Per token, nats (times temperature**2 if so scaled)."""
-    log_q = F.log_softmax(student_logits / temperature, dim=-1)
-    log_p = F.log_softmax(teacher_logits / temperature, dim=-1)
-    # xlogy-like: a class that the teacher excludes (log p = -inf) adds nothing
-    terms = log_p.exp() * (log_p.clamp(min=-1e30) - log_q)
-    factor = temperature**2 if scale_by_temperature else 1.0
-    return terms.sum(dim=-1) * factor
+    if temperature != 1.0:  # at 1 a division would only copy the two largest tensors of the step
+        student_logits, teacher_logits = student_logits / temperature, teacher_logits / temperature
+    log_q = F.log_softmax(student_logits, dim=-1)
+    log_p = F.log_softmax(teacher_logits, dim=-1)
+    excluded = log_p == -math.inf
+    if excluded.any():  # a class that the teacher excludes adds nothing, but 0 x inf would be nan
+        log_q, log_p = log_q.masked_fill(excluded, 0.0), log_p.masked_fill(excluded, _NO_MASS)
+    terms = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
+    return terms * temperature**2 if scale_by_temperature else terms

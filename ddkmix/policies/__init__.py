@@ -6,7 +6,7 @@ To add one: write the file, add a line to `POLICIES`. Outside the package: `name
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from ddkmix.types import DomainLosses
 PolicyState = dict[str, Any]
 
 
+@runtime_checkable
 class WeightPolicy(Protocol):
     """What a policy must offer."""
 

@@ -40,7 +40,7 @@ def render_gaps(
     """
     if style == "json":
         table = {name: {**row, "weight": weights[name]} for name, row in losses.to_json().items()}
-        return json.dumps(table, indent=1, allow_nan=False, default=str) if table else "{}"
+        return json.dumps(table, indent=1, allow_nan=False)
     header = [
         "domain", "teacher", "student", "gap", "+-", "ratio", "teacher b/B", "student b/B", weights_title
     ]  # fmt: skip
@@ -54,15 +54,17 @@ def render_gaps(
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> str:
     """A table of text; the first column is left-aligned, the others right-aligned."""
-    table = Table(box=SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console(width=200, color_system=None, force_terminal=False)
+    # wide enough for any number of domains: text that goes to files and issues must not be cut
+    console = Console(width=10_000, color_system=None, force_terminal=False, markup=False, emoji=False)
     with console.capture() as capture:
         console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+    # not rich's own title, which is folded to the width of the table
+    return "\n".join([*([title] if title else []), *(line.rstrip() for line in capture.get().splitlines())])
 
 
 def _cells(losses: DomainLosses, weights: Mapping[str, float], i: int) -> list[str]:

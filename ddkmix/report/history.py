@@ -32,7 +32,7 @@ def render_history(run_dir: Path, style: Format) -> str:
         return json.dumps(records, indent=1)
     domains = sorted(records[0]["losses"])
     sections: dict[str, Callable[[Any, str], str]] = {
-        "loss gap (nats per token)": lambda r, d: f"{r['losses'][d]['loss_gap']:.3f}",
+        "loss gap (nats per token)": lambda r, d: _number(r["losses"][d]["loss_gap"]),
         "mixture weight of the steps that follow": lambda r, d: f"{r['weights'][d]:.3f}",
         "rows served so far": lambda r, d: str(r["served"][d]),
         "epochs so far": lambda r, d: f"{r['epochs'][d]:.2f}",
@@ -48,3 +48,8 @@ def render_history(run_dir: Path, style: Format) -> str:
             block = render_table(header, rows, title)
         blocks.append(block)
     return "\n\n".join(blocks)
+
+
+def _number(value: float | None) -> str:
+    """Three digits; a dash for what was not finite."""
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,502 @@
+"""Held-out losses per domain: which rows, their sums over ranks, standard errors, and the teacher's cache."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddkmix.config import Teacher
+from ddkmix.distillation import DistillationModel, predicted
+from ddkmix.errors import DataError
+from ddkmix.evaluator import Evaluator, HeldOut, NatsCache, row_nats, select_rows, summarise
+from ddkmix.index import DomainRows, RowReader, ShardIndex
+from ddkmix.models import load_teacher
+from ddkmix.trainer import token_nats
+
+CPU = torch.device("cpu")
+SEQ_LEN, PADDING = 6, 0
+
+
+def write_rows(folder, domain, shards, *, fingerprint="f"):
+    """Packed rows from lists of lists of tokens, one list per shard; a text of n tokens has 3 n bytes."""
+    indices = []
+    for i, rows in enumerate(shards):
+        path = folder / f"{domain}-{i}.tar"
+        tokens = np.full((len(rows), SEQ_LEN), PADDING, dtype="<u2")
+        for r, row in enumerate(rows):
+            tokens[r, : len(row)] = row
+        path.write_bytes(tokens.tobytes())
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        indices.append(
+            ShardIndex(
+                path=path,
+                offsets=np.arange(len(rows), dtype=np.int64) * SEQ_LEN * 2,
+                num_tokens=lengths,
+                num_bytes=3 * (lengths - 1),
+                seq_len=SEQ_LEN,
+                dtype="<u2",
+                report={},
+            )
+        )
+    return DomainRows(domain=domain, shards=tuple(indices), fingerprint=fingerprint)
+
+
+def random_rows(folder, domain="code", *, shards=(5, 4), seed=0, shortest=2, **options):
+    """Rows of random tokens and lengths."""
+    generator = np.random.default_rng(seed)
+
+    def row():
+        return generator.integers(1, 300, generator.integers(shortest, SEQ_LEN + 1)).tolist()
+
+    return write_rows(folder, domain, [[row() for _ in range(count)] for count in shards], **options)
+
+
+def nats_of_labels(input_ids, labels):
+    """A model whose loss of a token is a hundredth of its id: every sum can be checked by hand."""
+    return labels[:, 1:][predicted(labels)].double() / 100
+
+
+class Counted:
+    """A model that counts how often it was asked."""
+
+    def __init__(self, function=nats_of_labels):
+        self.function, self.calls = function, 0
+
+    def __call__(self, input_ids, labels):
+        """The losses of the function."""
+        self.calls += 1
+        return self.function(input_ids, labels)
+
+
+@pytest.fixture
+def model_nats(tiny_teacher):
+    """The losses of the tiny teacher, as the trainer measures them."""
+    model = load_teacher(Teacher(model=str(tiny_teacher), dtype="float32"))
+    return token_nats(DistillationModel(model))
+
+
+# --- which rows -------------------------------------------------------------------------------------
+
+
+def test_all_rows_are_taken_where_there_are_fewer_than_asked_for(tmp_path):
+    """A small domain is measured on all that it has, in the order of the shards."""
+    held_out = select_rows(random_rows(tmp_path, shards=(2, 3)), 500)
+    assert ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2)) == held_out.places
+
+
+def test_exactly_as_many_rows_as_asked_for_are_taken(tmp_path):
+    """Without repeats."""
+    held_out = select_rows(random_rows(tmp_path, shards=(40, 40, 40)), 50)
+    assert 50 == len(set(held_out.places)) == len(held_out.num_tokens) == len(held_out.num_bytes)
+
+
+def test_the_rows_are_the_same_for_every_run(tmp_path):
+    """They depend on the domain's name and shape alone: no seed, no random state, no policy."""
+    rows = random_rows(tmp_path, shards=(40, 40))
+    expected = select_rows(rows, 10).places
+    np.random.seed(7)  # noqa: NPY002
+    torch.manual_seed(7)
+    assert expected == select_rows(rows, 10).places
+    assert expected != select_rows(replace(rows, domain="math"), 10).places
+
+
+def test_a_smaller_choice_is_part_of_a_larger_one(tmp_path):
+    """Asking for more rows adds rows and drops none."""
+    rows = random_rows(tmp_path, shards=(40, 40))
+    chosen = [set(select_rows(rows, limit).places) for limit in (5, 20, 80)]
+    assert chosen[0] < chosen[1] < chosen[2]
+
+
+def test_the_rows_are_spread_over_all_shards(tmp_path):
+    """60 of 300 rows in three shards: about 20 of each, not the first 60."""
+    places = select_rows(random_rows(tmp_path, shards=(100, 100, 100)), 60).places
+    counts = [sum(shard == i for shard, _ in places) for i in range(3)]
+    assert min(counts) >= 10
+    assert 60 == sum(counts)
+
+
+def test_rows_with_one_token_are_skipped_and_replaced(tmp_path):
+    """A row without a token to predict has no loss; another one is taken in its place."""
+    rows = write_rows(tmp_path, "code", [[[1], [2], [3, 4], [5]], [[6], [7, 8, 9]]])
+    assert ((0, 2), (1, 1)) == select_rows(rows, 2).places
+    assert 1 == len(select_rows(rows, 1).places)
+
+
+def test_counts_are_of_predicted_tokens_and_their_bytes(tmp_path):
+    """A row of n tokens predicts n - 1."""
+    held_out = select_rows(write_rows(tmp_path, "code", [[[1, 2, 3], [4, 5]]]), 9)
+    assert ([2, 1], [6, 3]) == (held_out.num_tokens.tolist(), held_out.num_bytes.tolist())
+
+
+def test_a_domain_with_nothing_to_predict_is_one_line(tmp_path):
+    """Only one-token rows: the domain is named."""
+    with pytest.raises(DataError) as error:
+        select_rows(write_rows(tmp_path, "code", [[[1], [2]]]), 9)
+    assert "domain 'code': its held-out rows have no token to predict; add text." == str(error.value)
+
+
+# --- sums per row -----------------------------------------------------------------------------------
+
+
+def test_sums_by_hand(tmp_path):
+    """Tokens 2, 3 and 5 are predicted: 0.02 + 0.03 and 0.05 nats."""
+    held_out = select_rows(write_rows(tmp_path, "code", [[[1, 2, 3], [4, 5]]]), 9)
+    sums = row_nats(held_out, nats_of_labels, batch_rows=8, device=CPU)
+    assert [0.05, 0.05] == pytest.approx(sums.tolist())
+    assert torch.float64 == sums.dtype
+
+
+def test_sums_do_not_depend_on_the_batch(tmp_path, model_nats):
+    """One row at a time, a ragged last batch, all at once: the same sums within float32."""
+    held_out = select_rows(random_rows(tmp_path), 9)
+    expected = row_nats(held_out, model_nats, batch_rows=1, device=CPU)
+    for batch_rows in (2, 4, 100):
+        sums = row_nats(held_out, model_nats, batch_rows=batch_rows, device=CPU)
+        torch.testing.assert_close(expected, sums, rtol=1e-5, atol=1e-5)
+
+
+def test_sums_do_not_depend_on_the_padding(tmp_path, model_nats):
+    """Whatever stands behind the text of a row is neither read into a loss nor attended to."""
+    held_out = select_rows(random_rows(tmp_path), 9)
+    expected = row_nats(held_out, model_nats, batch_rows=4, device=CPU)
+    for index in held_out.rows.shards:
+        tokens = np.fromfile(index.path, dtype="<u2").reshape(-1, SEQ_LEN)
+        for row, length in enumerate(index.num_tokens):
+            tokens[row, length:] = 299
+        tokens.tofile(index.path)
+    sums = row_nats(held_out, model_nats, batch_rows=4, device=CPU)
+    torch.testing.assert_close(expected, sums, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 20])
+def test_the_ranks_together_give_the_sums_of_one_rank(tmp_path, world_size):
+    """Each row is measured by exactly one rank and is 0 on the others, even with more ranks than rows."""
+    held_out = select_rows(random_rows(tmp_path), 9)
+    alone = row_nats(held_out, nats_of_labels, batch_rows=2, device=CPU)
+    ranks = [
+        row_nats(held_out, nats_of_labels, batch_rows=2, device=CPU, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    assert torch.equal(alone, torch.stack(ranks).sum(dim=0))
+    assert [1] * 9 == (torch.stack(ranks) != 0).sum(dim=0).tolist()
+
+
+def test_nats_are_transformers_own_loss(tmp_path, tiny_teacher, model_nats):
+    """Sum over a row = the model's own mean loss on that row x its predicted tokens."""
+    model = load_teacher(Teacher(model=str(tiny_teacher), dtype="float32"))
+    held_out = select_rows(random_rows(tmp_path), 9)
+    reader, expected = RowReader(held_out.rows), []
+    for (shard, row), count in zip(held_out.places, held_out.num_tokens.tolist(), strict=True):
+        ids = torch.from_numpy(reader.read(shard, row).astype(np.int64))[None, : count + 1]
+        with torch.no_grad():
+            expected.append(count * model(ids, labels=ids).loss.item())
+    sums = row_nats(held_out, model_nats, batch_rows=4, device=CPU)
+    assert expected == pytest.approx(sums.tolist(), rel=1e-5)
+
+
+# --- means and standard errors ----------------------------------------------------------------------
+
+
+def held_out_of(counts, domain="code", num_bytes=None):
+    """Held-out rows of which only the counts matter."""
+    counts = np.array(counts, dtype=np.int64)
+    rows = DomainRows(domain=domain, shards=(), fingerprint="f")
+    places = tuple((0, i) for i in range(len(counts)))
+    own_bytes = 4 * counts if num_bytes is None else np.array(num_bytes)
+    return HeldOut(rows=rows, places=places, num_tokens=counts, num_bytes=own_bytes)
+
+
+def losses_of(counts, student, teacher=None, **options):
+    """The losses of one domain from row sums."""
+    student = np.array(student, dtype=np.float64)
+    teacher = np.zeros(len(student)) if teacher is None else np.array(teacher, dtype=np.float64)
+    return summarise({"code": held_out_of(counts, **options)}, {"code": student}, {"code": teacher})
+
+
+def test_the_mean_is_over_tokens_and_not_over_rows():
+    """3 nats over 1 token and 3 nats over 5 tokens are 6 nats over 6 tokens, not (3 + 0.6) / 2."""
+    losses = losses_of([1, 5], [3.0, 3.0], [0.0, 6.0])
+    assert ([1.0], [1.0], [6]) == (
+        losses.student_loss.tolist(),
+        losses.teacher_loss.tolist(),
+        losses.num_tokens.tolist(),
+    )
+
+
+def test_the_standard_error_by_hand():
+    """Sums 4 and 8 of 2 tokens each: m = 3, residuals -2 and 2, sqrt(2/1 x 8) / 4 = 1."""
+    assert [1.0] == pytest.approx(losses_of([2, 2], [4.0, 8.0]).student_error.tolist())
+
+
+def test_the_error_of_the_gap_pairs_the_rows():
+    """A teacher that is exactly 1 nat per row better: the gap is certain though both losses vary."""
+    losses = losses_of([2, 2, 2], [4.0, 8.0, 30.0], [3.0, 7.0, 29.0])
+    assert losses.student_error[0] > 1
+    assert [0.0] == pytest.approx(losses.gap_error.tolist(), abs=1e-12)
+    assert [0.5] == pytest.approx(losses.loss_gap.tolist())
+
+
+def test_one_row_has_no_standard_error():
+    """Nothing is known about the spread: nan, and no warning."""
+    losses = losses_of([5], [10.0], [5.0])
+    assert [2.0] == losses.student_loss.tolist()
+    assert math.isnan(losses.student_error[0])
+    assert math.isnan(losses.gap_error[0])
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(1, 2000), st.floats(0, 1e4), st.floats(0, 1e4)), min_size=2, max_size=30)
+)
+def test_means_and_errors_equal_a_literal_computation(rows):
+    """Ratio estimator, written with plain Python sums."""
+
+    def literal(sums, counts):
+        total, size = sum(counts), len(counts)
+        mean = math.fsum(sums) / total
+        squares = math.fsum((s - mean * n) ** 2 for s, n in zip(sums, counts, strict=True))
+        return mean, math.sqrt(size / (size - 1) * squares) / total
+
+    counts, student, teacher = (list(column) for column in zip(*rows, strict=True))
+    losses = losses_of(counts, student, teacher)
+    gap = [s - t for s, t in zip(student, teacher, strict=True)]
+    tight = {"rel": 1e-9, "abs": 1e-9}
+    assert literal(student, counts) == pytest.approx(
+        (losses.student_loss[0], losses.student_error[0]), **tight
+    )
+    assert literal(teacher, counts)[0] == pytest.approx(losses.teacher_loss[0], **tight)
+    assert literal(gap, counts) == pytest.approx((losses.loss_gap[0], losses.gap_error[0]), **tight)
+
+
+def simulated_rows(count=300, seed=0):
+    """Rows of different length whose losses vary from row to row and, together, between the two models."""
+    generator = np.random.default_rng(seed)
+    counts = generator.integers(20, 200, count)
+    difficulty = generator.normal(3.0, 0.5, count)
+    student = counts * (difficulty + generator.normal(0.4, 0.1, count))
+    return counts, student, counts * difficulty
+
+
+def bootstrap_errors(counts, student, teacher, draws=3000):
+    """The spread of mean loss and gap when the rows themselves are drawn again."""
+    generator = np.random.default_rng(1)
+    chosen = generator.integers(0, len(counts), (draws, len(counts)))
+    totals = counts[chosen].sum(axis=1)
+    return [(sums[chosen].sum(axis=1) / totals).std() for sums in (student, student - teacher)]
+
+
+def test_standard_errors_agree_with_a_bootstrap():
+    """Drawing the rows again 3,000 times spreads loss and gap as the formula says, within 8 %."""
+    counts, student, teacher = simulated_rows()
+    losses = losses_of(counts, student, teacher)
+    expected = bootstrap_errors(counts, student, teacher)
+    assert expected == pytest.approx([losses.student_error[0], losses.gap_error[0]], rel=0.08)
+
+
+def test_treating_tokens_as_independent_would_be_noticed():
+    """The bootstrap tells a wrong formula: over tokens instead of rows the error is far too small."""
+    counts, student, teacher = simulated_rows()
+    spread_of_tokens = np.repeat(student / counts, counts).std() / math.sqrt(counts.sum())
+    assert bootstrap_errors(counts, student, teacher)[0] > 5 * spread_of_tokens
+
+
+def test_bits_per_byte_by_hand():
+    """6 nats over 6 tokens that cover 12 bytes: 0.5 nats a byte, 0.5 / log 2 bits."""
+    losses = losses_of([1, 5], [3.0, 3.0], num_bytes=[2, 10])
+    assert ([12], [0.5 / math.log(2)]) == (
+        losses.num_bytes.tolist(),
+        pytest.approx(losses.student_bits_per_byte.tolist()),
+    )
+
+
+def test_domains_are_sorted_by_name():
+    """Position i of every array belongs to the i-th name, in whatever order they came."""
+    held_out = {name: held_out_of([1, 1], name) for name in ("prose", "code")}
+    student = {"prose": np.array([9.0, 9.0]), "code": np.array([1.0, 1.0])}
+    losses = summarise(held_out, student, student)
+    assert (("code", "prose"), [1.0, 9.0]) == (losses.domains, losses.student_loss.tolist())
+
+
+# --- the evaluator and the teacher's cache ----------------------------------------------------------
+
+
+def evaluator_of(folder, **options):
+    """An evaluator over two domains."""
+    held_out = {
+        name: select_rows(random_rows(folder, name, seed=i, fingerprint=name), 9)
+        for i, name in enumerate(("code", "math"))
+    }
+    return Evaluator(**{"held_out": held_out, "batch_rows": 4, "device": CPU, **options})
+
+
+def test_student_and_teacher_are_measured_on_the_same_rows(tmp_path):
+    """A student that is everywhere 0.5 nats worse has a gap of 0.5 without error."""
+    evaluator = evaluator_of(tmp_path)
+    teacher = evaluator.sums(nats_of_labels)
+    losses = evaluator.measure(lambda ids, labels: nats_of_labels(ids, labels) + 0.5, teacher)
+    assert ("code", "math") == losses.domains
+    assert [0.5, 0.5] == pytest.approx(losses.loss_gap.tolist())
+    assert [0.0, 0.0] == pytest.approx(losses.gap_error.tolist(), abs=1e-12)
+
+
+def test_a_teacher_measured_against_itself_has_no_gap(tmp_path, model_nats):
+    """Bit for bit: the same rows in the same batches."""
+    evaluator = evaluator_of(tmp_path)
+    losses = evaluator.measure(model_nats, evaluator.sums(model_nats))
+    assert [0.0, 0.0] == losses.loss_gap.tolist()
+
+
+def test_the_reduction_over_ranks_is_applied(tmp_path):
+    """Rank 0 reports its own sums plus those of rank 1, which are those of one rank alone."""
+    alone = evaluator_of(tmp_path).sums(nats_of_labels)
+    second = iter(evaluator_of(tmp_path, rank=1, world_size=2).sums(nats_of_labels).values())
+
+    def reduce(tensor):
+        return tensor if tensor.ndim == 0 else tensor + torch.from_numpy(next(second))
+
+    together = evaluator_of(tmp_path, rank=0, world_size=2, reduce=reduce).sums(nats_of_labels)
+    assert {name: sums.tolist() for name, sums in alone.items()} == {
+        name: sums.tolist() for name, sums in together.items()
+    }
+
+
+def test_the_cache_spares_the_second_measurement(tmp_path):
+    """The teacher never changes, so it is asked once per domain and then never again."""
+    evaluator, cache, model = evaluator_of(tmp_path), NatsCache(tmp_path / "cache", "model"), Counted()
+    first = evaluator.sums(model, cache)
+    calls = model.calls
+    second = evaluator.sums(model, NatsCache(tmp_path / "cache", "model"))
+    assert calls == model.calls > 0
+    assert {name: sums.tolist() for name, sums in first.items()} == {
+        name: sums.tolist() for name, sums in second.items()
+    }
+
+
+def test_without_a_cache_nothing_is_kept(tmp_path):
+    """A student changes from one evaluation to the next."""
+    evaluator, model = evaluator_of(tmp_path), Counted()
+    evaluator.sums(model)
+    calls = model.calls
+    evaluator.sums(model)
+    assert 2 * calls == model.calls
+
+
+def test_the_cache_is_keyed_by_model(tmp_path):
+    """Another teacher, or the same one in another type, is measured anew."""
+    evaluator, model = evaluator_of(tmp_path), Counted()
+    evaluator.sums(model, NatsCache(tmp_path / "cache", "model a"))
+    calls = model.calls
+    evaluator.sums(model, NatsCache(tmp_path / "cache", "model b"))
+    assert 2 * calls == model.calls
+
+
+@pytest.mark.parametrize("change", ["documents", "rows"])
+def test_the_cache_is_keyed_by_rows(tmp_path, change):
+    """Other documents or another choice of rows are measured anew; the old entry stays valid."""
+    cache = NatsCache(tmp_path / "cache", "model")
+    rows = random_rows(tmp_path)
+    before = select_rows(rows, 9)
+    after = (
+        select_rows(replace(rows, fingerprint="other"), 9) if change == "documents" else select_rows(rows, 8)
+    )
+    cache.save(before, np.arange(9.0))
+    assert cache.load(after) is None
+    assert list(range(9)) == cache.load(before).tolist()
+
+
+def truncated(data):
+    """A file whose end is missing."""
+    return data[:-5]
+
+
+def beheaded(data):
+    """A file whose beginning is missing."""
+    return data[40:]
+
+
+def emptied(data):
+    """A file of no bytes."""
+    return b""
+
+
+def zeroed(data):
+    """What a crash can leave: the right size and nothing in it."""
+    return bytes(len(data))
+
+
+def half_zeroed(data):
+    """What a crash can leave of a file of two blocks."""
+    return data[:60] + bytes(len(data) - 60)
+
+
+def lengthened(data):
+    """Something was appended."""
+    return data + bytes(8)
+
+
+def flipped(data):
+    """One bit of one number is wrong."""
+    return data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
+
+
+DAMAGES = (truncated, beheaded, emptied, zeroed, half_zeroed, lengthened, flipped)
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_cache_file_is_measured_again(tmp_path, damage):
+    """It is only a cache: the model is asked, the file is mended, the result is right."""
+    evaluator, cache, model = evaluator_of(tmp_path), NatsCache(tmp_path / "cache", "model"), Counted()
+    expected = {name: sums.tolist() for name, sums in evaluator.sums(model, cache).items()}
+    for path in (tmp_path / "cache").iterdir():
+        whole = path.read_bytes()
+        path.write_bytes(damage(whole))
+        assert path.read_bytes() != whole
+    calls = model.calls
+    assert expected == {name: sums.tolist() for name, sums in evaluator.sums(model, cache).items()}
+    assert 2 * calls == model.calls
+    evaluator.sums(model, cache)
+    assert 2 * calls == model.calls
+
+
+def test_an_entry_for_other_rows_under_this_name_is_not_used(tmp_path):
+    """A whole file with another number of sums is no entry for these rows."""
+    cache, held_out = NatsCache(tmp_path / "cache", "m"), select_rows(random_rows(tmp_path), 9)
+    cache.save(held_out, np.arange(8.0))
+    assert cache.load(held_out) is None
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.floats(0, 1e6), min_size=9, max_size=9))
+def test_sums_come_back_from_the_cache_bit_for_bit(tmp_path_factory, sums):
+    """What was measured is what is used in every later run."""
+    folder = tmp_path_factory.mktemp("cache")
+    cache, held_out = NatsCache(folder / "cache", "m"), select_rows(random_rows(folder), 9)
+    cache.save(held_out, np.array(sums))
+    assert sums == cache.load(held_out).tolist()
+
+
+def test_only_the_main_rank_writes_the_cache(tmp_path):
+    """The others would write the same file at the same time."""
+    evaluator_of(tmp_path, rank=1, world_size=2).sums(nats_of_labels, NatsCache(tmp_path / "cache", "m"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_rank_that_sees_the_file_measures_with_one_that_does_not(tmp_path):
+    """If any rank lacks the entry all measure, or that rank would wait for the others for ever."""
+    cache, model = NatsCache(tmp_path / "cache", "m"), Counted()
+    evaluator_of(tmp_path).sums(nats_of_labels, cache)
+    absent_elsewhere = evaluator_of(
+        tmp_path, reduce=lambda tensor: tensor + 1.0 if tensor.ndim == 0 else tensor
+    )
+    absent_elsewhere.sums(model, cache)
+    assert model.calls > 0
+
+
+def test_saving_leaves_one_file_per_domain_and_no_temporary_one(tmp_path):
+    """Named after the domain."""
+    evaluator_of(tmp_path).sums(nats_of_labels, NatsCache(tmp_path / "cache", "m"))
+    assert ["code", "math"] == sorted(path.name.split("-")[0] for path in (tmp_path / "cache").iterdir())

@@ -1,0 +1,130 @@
+"""Domain losses and their derived numbers, and weights by name as vectors."""
+
+import json
+import math
+from dataclasses import FrozenInstanceError, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddkmix.errors import ConfigError
+from ddkmix.types import DomainLosses, simplex_vector
+from tests.conftest import domain_losses
+
+LOSSES = DomainLosses(
+    domains=("code", "math"),
+    student_loss=np.array([3.0, 2.0]),
+    teacher_loss=np.array([1.0, 2.5]),
+    student_error=np.array([0.1, 0.2]),
+    gap_error=np.array([0.05, 0.06]),
+    num_tokens=np.array([100, 200]),
+    num_bytes=np.array([400, 500]),
+)
+
+
+def test_the_gap_is_student_minus_teacher():
+    """In nats per token; negative where the student is better."""
+    assert [2.0, -0.5] == LOSSES.loss_gap.tolist()
+
+
+def test_the_perplexity_ratio_is_the_exponential_of_the_gap():
+    """exp(l_S) / exp(l_T), DDK's signal."""
+    expected = [math.exp(3.0) / math.exp(1.0), math.exp(2.0) / math.exp(2.5)]
+    assert expected == pytest.approx(LOSSES.perplexity_ratio.tolist())
+
+
+def test_a_gap_beyond_float64_is_an_infinite_ratio_without_a_warning():
+    """e^1000 is inf; the gap itself stays exact."""
+    losses = domain_losses([1000.0, 1.0])
+    assert [math.inf, math.e] == pytest.approx(losses.perplexity_ratio.tolist())
+    assert [1000.0, 1.0] == losses.loss_gap.tolist()
+
+
+def test_bits_per_byte_by_hand():
+    """3 nats x 100 tokens over 400 bytes is 0.75 nats a byte, and a bit is log 2 nats."""
+    assert [0.75 / math.log(2), 0.8 / math.log(2)] == pytest.approx(LOSSES.student_bits_per_byte.tolist())
+    assert [0.25 / math.log(2), 1.0 / math.log(2)] == pytest.approx(LOSSES.teacher_bits_per_byte.tolist())
+
+
+def test_bits_per_byte_of_no_bytes_do_not_divide_by_zero():
+    """A row whose text covers no byte counts as one."""
+    losses = replace(LOSSES, num_bytes=np.array([0, 500]))
+    assert np.isfinite(losses.student_bits_per_byte).all()
+
+
+def test_json_holds_one_entry_per_domain_in_plain_numbers():
+    """json.dumps accepts it, and it reads back equal."""
+    tree = LOSSES.to_json()
+    assert ["code", "math"] == list(tree)
+    expected = {
+        "student_loss": 3.0,
+        "teacher_loss": 1.0,
+        "student_error": 0.1,
+        "loss_gap": 2.0,
+        "gap_error": 0.05,
+        "num_tokens": 100,
+        "num_bytes": 400,
+    }
+    assert expected == {name: tree["code"][name] for name in expected}
+    assert {"perplexity_ratio", "student_bits_per_byte", "teacher_bits_per_byte"} == set(tree["code"]) - set(
+        expected
+    )
+    assert tree == json.loads(json.dumps(tree, allow_nan=False))
+
+
+def test_json_has_null_where_a_number_is_not_finite():
+    """A missing standard error or an overflowing ratio must not break the JSON of other readers."""
+    losses = replace(domain_losses([1000.0]), gap_error=np.array([np.nan]), student_error=np.array([np.nan]))
+    tree = json.loads(json.dumps(losses.to_json(), allow_nan=False))["a"]
+    assert [None] * 3 == [tree[name] for name in ("gap_error", "student_error", "perplexity_ratio")]
+    assert 1000.0 == tree["loss_gap"]
+
+
+def test_losses_cannot_be_changed():
+    """A measurement is a value."""
+    with pytest.raises(FrozenInstanceError):
+        LOSSES.domains = ("other",)
+
+
+def test_weights_by_name_become_a_vector_in_the_order_of_the_domains():
+    """{b: 1, a: 3} over (a, b) is 3/4 and 1/4."""
+    assert [0.75, 0.25] == simplex_vector({"b": 1.0, "a": 3.0}, ("a", "b"), where="weights").tolist()
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.floats(0, 1e12), min_size=1, max_size=20).filter(lambda values: sum(values) > 1e-6))
+def test_any_weights_are_normalised(values):
+    """Non-negative numbers in any unit become a point of the simplex with the same proportions."""
+    names = [f"d{i}" for i in range(len(values))]
+    vector = simplex_vector(dict(zip(names, values, strict=True)), names, where="weights")
+    assert vector.min() >= 0
+    assert 1.0 == pytest.approx(vector.sum())
+    assert [value / sum(values) for value in values] == pytest.approx(vector.tolist())
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (
+            {"a": 1.0, "c": 1.0},
+            "policy.weights: unknown domains ['c'], missing domains ['b']; give exactly one weight for each "
+            "of ['a', 'b'].",
+        ),
+        ({"a": 1.0}, "policy.weights: unknown domains [], missing domains ['b'];"),
+        (
+            {"a": 1.0, "b": -1.0},
+            "policy.weights = {'a': 1.0, 'b': -1.0}; every weight must be finite and >= 0, and one of",
+        ),
+        ({"a": 0.0, "b": 0.0}, "policy.weights = {'a': 0.0, 'b': 0.0}; every weight"),
+        ({"a": math.nan, "b": 1.0}, "policy.weights = {'a': nan, 'b': 1.0}; every weight"),
+        ({"a": math.inf, "b": 1.0}, "policy.weights = {'a': inf, 'b': 1.0}; every weight"),
+    ],
+)
+def test_weights_that_are_no_distribution_are_one_line(weights, message):
+    """The message says where they stand, what they are and the rule."""
+    with pytest.raises(ConfigError) as error:
+        simplex_vector(weights, ("a", "b"), where="policy.weights")
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
