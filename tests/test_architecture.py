@@ -46,30 +46,30 @@ LAYERS = {
     # losses -> weights
     "policies": 8,
     # batches -> losses: from here on with torch
-    "batch": 8,
-    "losses": 9,
-    "models": 9,
-    "teacher": 10,
-    "distillation": 10,
-    "metrics": 10,
-    "schedule": 10,
-    "evaluator": 11,
+    "batch": 9,
+    "losses": 10,
+    "models": 10,
+    "teacher": 11,
+    "distillation": 11,
+    "metrics": 11,
+    "schedule": 11,
+    "evaluator": 12,
     # the loop and what stands around it
-    "checkpoint": 12,
-    "tracking": 12,
-    "preflight": 12,
-    "trainer": 13,
-    "setup": 14,
-    "report": 14,
-    "cli": 15,
-    "__init__": 15,
-    "__main__": 16,
+    "checkpoint": 13,
+    "tracking": 13,
+    "preflight": 13,
+    "trainer": 14,
+    "setup": 15,
+    "report": 15,
+    "cli": 16,
+    "__init__": 16,
+    "__main__": 17,
 }
 SIBLINGS: set[tuple[str, str]] = set()
 """(importer, imported) of one layer."""
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 320, 60
-STILL_LONGER = {"loader.py": 365}
+STILL_LONGER = {"loader.py": 358}
 """Files and functions that wait to be split. They must not grow, and the list must not."""
 
 
