@@ -53,7 +53,11 @@ def train(
     if run.main:
         claim_run(config)
         start = run.mixture.state.step
-        for name, first in (("metrics.jsonl", start + 1), ("intervals.jsonl", start)):
+        for name, first in (
+            ("metrics.jsonl", start + 1),
+            ("timings.jsonl", start + 1),
+            ("intervals.jsonl", start),
+        ):
             run.log(name).rewind(first)
     accelerator.init_trackers(config.tracking.project)
     total = config.trainer.steps

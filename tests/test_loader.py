@@ -547,6 +547,16 @@ def test_an_earlier_state_has_the_weights_of_its_step(mixture_of: Callable[..., 
     assert [0, 0, 0, 1, 1] == versions
 
 
+def test_states_of_an_older_stream_are_forgotten(mixture_of: Callable[..., DomainMixture]) -> None:
+    """After going back to step 2, step 4 lies ahead, and its old state belongs to another history."""
+    mixture = mixture_of()
+    for _ in range(5):
+        next(mixture)
+    mixture.load_state_dict(mixture.state_dict(step=2))
+    with pytest.raises(ConfigError, match=r"state_dict\(step=4\): known steps are \[2\]"):
+        mixture.state_dict(step=4)
+
+
 def test_the_last_64_states_are_kept(mixture_of: Callable[..., DomainMixture]) -> None:
     """More is never read ahead; asking for an older or a future step names those that are known."""
     mixture = mixture_of()

@@ -205,6 +205,16 @@ def test_a_config_that_says_what_its_model_does_not_do_is_refused(field):
         head_of(model)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_parameters_are_refused(value):
+    """A model that gives no numbers is named as such, not as one that ddkmix cannot split."""
+    model = make("llama")
+    with torch.no_grad():
+        model.model.norm.weight[3] = value
+    with pytest.raises(ModelError, match="LlamaForCausalLM gives logits that are not finite"):
+        head_of(model)
+
+
 def test_a_model_without_an_output_layer_is_refused():
     """Without one there is nothing to make logits of."""
     with pytest.raises(ModelError, match="Headless has no linear output layer"):

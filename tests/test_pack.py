@@ -192,6 +192,18 @@ def test_special_tokens_in_a_document_are_text(tmp_path: Path, tokenizer: Tokeni
     assert 0 == tokens[-1]
 
 
+def test_truncation_and_padding_of_the_tokenizer_are_ignored(
+    tmp_path: Path, tokenizer: TokenizerCard, encode: Callable[[str], list[int]]
+) -> None:
+    """A model saved with a length of 4 still has its documents packed whole, and unpadded."""
+    library = Tokenizer.from_file(str(tokenizer.path))
+    library.enable_truncation(4)
+    library.enable_padding(length=50, pad_id=7)
+    library.save(str(tmp_path / "tokenizer.json"))
+    train = packed_of(tmp_path, read_tokenizer(str(tmp_path), separator=EOS), [DOCUMENTS]).train
+    check_holds(train, [token for text in DOCUMENTS for token in (*encode(text), 0)])
+
+
 def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path: Path) -> None:
     """Ids from 65536 on do not wrap around."""
     tree = {

@@ -516,6 +516,18 @@ def test_wanted_domains_alone_decide_when_the_mixture_ends() -> None:
     assert (3, 5) == state.served
 
 
+def test_a_capped_domain_that_is_still_owed_is_not_served() -> None:
+    """a is owed 2/3 of a row when it reaches its cap with nobody to hand it to; b and c go on without it."""
+    options = settings_of(3, caps=(2, None, None))
+    state = initial_state(options, simplex(0.998, 1.001, 1.001))
+    for weights, steps in ((None, 2), ((1, 0, 0), 2), ((0, 1, 1), 6)):
+        if weights:
+            state = with_weights(state, quantise(simplex(*weights)))
+        for _ in range(steps):
+            _, state = plan_step(options, state)
+    assert (2, 4, 4) == state.served
+
+
 @pytest.mark.parametrize(("on_cap", "kind"), [("stop", MixtureExhausted), ("error", DataError)])
 def test_stop_and_error_end_when_a_capped_domain_is_due(on_cap: OnCap, kind: type[Exception]) -> None:
     """a may serve 2 rows: four rows are planned, and the fifth, which would be a's third, is refused."""
