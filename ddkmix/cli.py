@@ -215,6 +215,7 @@ def _gaps_config(
         extra += [
             "student.init=load",
             "student.layers=null",
+            "student.revision=null",
             f"student.model={json.dumps(student)}",
         ]
     if teacher is not None:
