@@ -114,19 +114,19 @@ def train(
     """Distil: measure the gaps, follow them with the mixture, save the student."""
     run = _load(config, overrides)
     _quiet_libraries()
-    from ddkmix.report.gaps import render_gaps
     from ddkmix.setup import train as train_run
 
-    def show(step: int, losses: Any, weights: dict[str, float]) -> None:
-        if step in (0, run.trainer.steps):
-            title = f"step {step:,}"
-            print(
-                render_gaps(losses, weights, "table", title=title, weights_title="weight"),
-                flush=True,
-            )
+    seen: dict[int, dict[str, float]] = {}
 
-    train_run(run, resume=resume, on_losses=show)
-    if int(os.environ.get("RANK", "0")) == 0:
+    def note(step: int, losses: Any, weights: dict[str, float]) -> None:
+        if not seen and step == 0:
+            _print_gaps(step, losses, weights)
+        seen[step] = weights
+
+    losses = train_run(run, resume=resume, on_losses=note)
+    if seen:  # only the main rank is told
+        step, weights = seen.popitem()
+        _print_gaps(step, losses, weights)
         print(f"student: {run.run_dir / 'student'}    history: ddkmix show {run.run_dir}")
 
 
@@ -187,6 +187,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         error.show() if hasattr(error, "show") else print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _print_gaps(step: int, losses: Any, weights: dict[str, float]) -> None:
+    from ddkmix.report.gaps import render_gaps
+
+    print(render_gaps(losses, weights, "table", title=f"step {step:,}", weights_title="weight"), flush=True)
 
 
 def _load(config: Path, overrides: Sequence[str] | None) -> Any:
