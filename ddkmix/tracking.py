@@ -5,7 +5,6 @@ resumed run leaves the very bytes of an uninterrupted one. Times go to `timings.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ddkmix.errors import RunError
+from ddkmix.fingerprint import write_atomically
 
 
 class JsonLines:
@@ -36,9 +36,7 @@ class JsonLines:
         if not self.path.exists():
             return
         kept = [record for record in read_lines(self.path) if record["step"] < step]
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
