@@ -80,6 +80,9 @@ class Pack(Section):
     """Tokens in a row."""
     separator: str | None = None
     """Token between documents; the tokenizer's end-of-sequence token when unset."""
+    strategy: Literal["concatenate", "best_fit"] = "concatenate"
+    """`concatenate`: documents end to end, cut where a row ends. `best_fit`: a document that fits into a row
+    is never cut; the rest of a row is padding."""
     processes: Count = 0
     """Parallel processes; 0 means one per core."""
 
@@ -93,6 +96,8 @@ class Mixture(Section):
     """Passes allowed over any domain; a card's own limit wins where it is smaller."""
     on_cap: Literal["renormalize", "stop", "error"] = "renormalize"
     """At a domain's limit: share its weight among the others, end the run, or fail."""
+    count: Literal["rows", "tokens"] = "rows"
+    """What a weight is a share of: rows, or tokens without padding."""
     block_rows: PositiveInt = 8192
     """Rows are permuted inside blocks of this many; larger mixes better, smaller reads more locally."""
 
@@ -131,6 +136,27 @@ class Loader(Section):
     """Reader processes per rank."""
     prefetch_steps: PositiveInt = 2
     """Steps that each worker reads ahead."""
+    max_substitutes: Count = 100
+    """Rows whose bytes are damaged and that another row of their domain may stand in for, over the run and
+    all ranks together; 0 stops at the first."""
+
+
+class Storage(Section):
+    """How remote shards are read. No setting here changes which rows are served."""
+
+    mode: Literal["auto", "ranged", "spool"] = "auto"
+    """`ranged`: read the bytes of single rows. `spool`: copy whole shards to `folder` first. `auto`: ranged
+    where the store can, else spool."""
+    folder: Path | None = None
+    """Spooled shards, shared by all processes of a machine; `<cache_dir>/shards` when unset."""
+    max_gb: Positive = 100.0
+    """Shards are evicted, oldest use first, to keep the folder below this many gigabytes (10^9 bytes)."""
+    attempts: PositiveInt = 6
+    """Tries of one request, with exponential back-off, before the run stops."""
+    timeout_s: Positive = 60.0
+    """Seconds without an answer after which a try has failed."""
+    allow_pipe: bool = False
+    """Allow `pipe:COMMAND` locations in cards, which run COMMAND in a shell."""
 
 
 class Evaluation(Section):
@@ -155,6 +181,9 @@ class Trainer(Section):
     """`bf16`: the student computes in bfloat16 over float32 parameters."""
     logits_chunk_tokens: PositiveInt = 256
     """Tokens whose logits exist at one time."""
+    document_boundaries: bool = False
+    """Attention and positions restart at every document of a row: a token sees its own document and the
+    separator before it."""
     gradient_checkpointing: bool = False
     """Recompute the student's activations in the backward pass."""
     checkpoint_steps: PositiveInt = 1000
@@ -198,6 +227,7 @@ class RunConfig(Section):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     loader: Loader = Loader()
+    storage: Storage = Storage()
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
 

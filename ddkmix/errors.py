@@ -3,6 +3,8 @@
 DdkmixError            every error that a user can cause; the CLI prints it as one line, exit code 2
 ├── ConfigError        a config, an override or an argument is wrong
 ├── DataError          a domain card, a shard or a packed row is wrong
+│   ├── RowError       a packed row is not the one that was packed (substituted, within a limit)
+│   ├── StorageError   a store cannot be reached or does not have the file (never taken for bad data)
 │   └── MixtureExhausted   no domain may serve another row (every one is at its max_epochs or unwanted)
 ├── ModelError         a model or a tokenizer cannot be used as asked
 ├── NumericsError      a loss or a gradient is not finite
@@ -26,6 +28,14 @@ class ConfigError(DdkmixError):
 
 class DataError(DdkmixError):
     """A domain card, a shard or a packed row is wrong."""
+
+
+class RowError(DataError):
+    """A packed row is not the one that was packed: cut, damaged, or of other data."""
+
+
+class StorageError(DataError):
+    """A store cannot be reached, refuses, or does not have the file; says nothing about the data in it."""
 
 
 class MixtureExhausted(DataError):

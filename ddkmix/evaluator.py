@@ -6,7 +6,6 @@ standard error sqrt(R / (R - 1) sum (s_r - m n_r)^2) / sum n (the linearised rat
 the gap pairs student and teacher row by row. The teacher never changes, so its row sums are kept on disk.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ddkmix.distillation import predicted
 from ddkmix.errors import DataError
-from ddkmix.fingerprint import hash_json
+from ddkmix.fingerprint import hash_json, replacing
 from ddkmix.index import DomainRows, RowReader
 from ddkmix.order import DomainOrder, locate
 from ddkmix.reading import IGNORE
@@ -148,12 +147,9 @@ class NatsCache:
 
     def save(self, held_out: HeldOut, sums: Float[np.ndarray, " R"]) -> None:
         """Keep the sums; atomic."""
-        path = self._path(held_out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         data = sums.astype("<f8").tobytes()
-        temporary.write_bytes(sha256(data).digest() + data)
-        temporary.replace(path)
+        with replacing(self._path(held_out)) as file:
+            file.write(sha256(data).digest() + data)
 
     def _path(self, held_out: HeldOut) -> Path:
         key = hash_json([self._model, held_out.rows.fingerprint, held_out.places])

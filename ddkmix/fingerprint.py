@@ -8,8 +8,10 @@ modification time (as git's index does).
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ddkmix.errors import DataError
 
@@ -85,15 +87,25 @@ def _read_memory(path: Path) -> dict[str, list[Any]]:
     }
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file so that a reader sees the old text or the new one, whole."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write aside; it takes the place of `path` when the block ends, whole and on disk.
+
+    A reader sees the old file or the new one. After an exception the old one stays and nothing is left.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small text file so that a reader sees the old text or the new one, whole."""
+    with replacing(path) as file:
+        file.write(text.encode())

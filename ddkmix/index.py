@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int, UInt
 
 from ddkmix.errors import DataError
+from ddkmix.fingerprint import replacing
 
 _OPEN_FILES = 64
 _DAMAGE = (
@@ -39,14 +40,20 @@ _DAMAGE = (
 class ShardIndex:
     """One packed shard."""
 
-    path: Path
-    """The tar of rows."""
+    location: str
+    """The tar of rows: a path or a URL."""
+    size: int
+    """Its bytes."""
+    sha256: str
+    """Its SHA-256, hex."""
     offsets: Int[np.ndarray, " R"]
     """Byte offset of each row's first token."""
     num_tokens: Int[np.ndarray, " R"]
     """Tokens of text and separators in each row; the rest, at the end, is padding."""
     num_bytes: Int[np.ndarray, " R"]
     """UTF-8 bytes of the text that the row's predicted tokens (all but its first) cover."""
+    crc32: UInt[np.ndarray, " R"]
+    """CRC-32 of each row's bytes, checked whenever it is read."""
     seq_len: int
     dtype: str
     """numpy type of a stored token, little-endian ("<u2" or "<u4")."""
@@ -58,6 +65,16 @@ class ShardIndex:
         """Rows in the shard."""
         return len(self.offsets)
 
+    @property
+    def name(self) -> str:
+        """The file name of the shard, which is a part of its rows' names."""
+        return self.location.rsplit("/", 1)[-1]
+
+
+def row_checksums(rows: UInt[np.ndarray, "R T"]) -> UInt[np.ndarray, " R"]:
+    """CRC-32 of each row's bytes as they are stored."""
+    return np.array([zlib.crc32(row.tobytes()) for row in rows], dtype=np.uint32)
+
 
 def index_path(shard: Path) -> Path:
     """The sidecar of a packed shard."""
@@ -65,60 +82,70 @@ def index_path(shard: Path) -> Path:
 
 
 def write_index(index: ShardIndex) -> None:
-    """Write the sidecar; its presence says that the shard is complete."""
-    target = index_path(index.path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    """Write the sidecar of a local shard; its presence says that the shard is complete."""
     meta = {
         "seq_len": index.seq_len,
         "dtype": index.dtype,
-        "tar_bytes": index.path.stat().st_size,
+        "size": index.size,
+        "sha256": index.sha256,
         "report": index.report,
     }
-    try:
-        with temporary.open("wb") as file:
-            np.savez(
-                file,
-                offsets=index.offsets,
-                num_tokens=index.num_tokens,
-                num_bytes=index.num_bytes,
-                meta=np.array(json.dumps(meta)),
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(index_path(Path(index.location))) as file:
+        np.savez(
+            file,
+            offsets=index.offsets,
+            num_tokens=index.num_tokens,
+            num_bytes=index.num_bytes,
+            crc32=index.crc32,
+            meta=np.array(json.dumps(meta)),
+        )
 
 
 def read_index(shard: Path) -> ShardIndex:
-    """Read the sidecar of a packed shard and check that the shard is the one it describes.
+    """Read the sidecar of a local packed shard and check that the shard is the one it describes.
 
     Raises:
         DataError: the sidecar is damaged or the shard's size differs from the recorded one.
     """
-    sidecar = index_path(shard)
+    index = read_sidecar(index_path(shard), str(shard))
+    try:
+        size = shard.stat().st_size
+    except OSError as error:
+        raise DataError(
+            f"{shard} cannot be read ({error.strerror}); delete its folder to pack again."
+        ) from None
+    if size != index.size:
+        raise DataError(
+            f"{shard} has {size} bytes but was packed with {index.size}; it is truncated or was "
+            "changed. Delete its folder to pack again."
+        )
+    return index
+
+
+def read_sidecar(sidecar: Path, location: str) -> ShardIndex:
+    """Read the sidecar of the packed shard at `location`, without looking at the shard.
+
+    Raises:
+        DataError: the sidecar is damaged.
+    """
     try:
         with sidecar.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             meta = json.loads(str(arrays["meta"]))
-            index = ShardIndex(
-                path=shard,
+            return ShardIndex(
+                location=location,
+                size=meta["size"],
+                sha256=meta["sha256"],
                 offsets=arrays["offsets"],
                 num_tokens=arrays["num_tokens"],
                 num_bytes=arrays["num_bytes"],
+                crc32=arrays["crc32"],
                 seq_len=meta["seq_len"],
                 dtype=meta["dtype"],
                 report=meta["report"],
             )
-        size = shard.stat().st_size
     except _DAMAGE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{sidecar} cannot be read ({reason}); delete its folder to pack again.") from None
-    if size != meta["tar_bytes"]:
-        raise DataError(
-            f"{shard} has {size} bytes but was packed with {meta['tar_bytes']}; it is truncated or was "
-            "changed. Delete its folder to pack again."
-        )
-    return index
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -151,7 +178,7 @@ class DomainRows:
 
     def name_of(self, shard: int, row: int) -> str:
         """The name of a row, the same under every mixture: `code/train-000003.tar#17`."""
-        return f"{self.domain}/{self.shards[shard].path.name}#{row}"
+        return f"{self.domain}/{self.shards[shard].name}#{row}"
 
 
 class RowReader:
@@ -175,11 +202,11 @@ class RowReader:
         try:
             data = os.pread(self._file(shard), index.seq_len * itemsize, int(index.offsets[row]))
         except OSError as error:
-            raise DataError(f"{index.path} cannot be read ({error.strerror}).") from None
+            raise DataError(f"{index.location} cannot be read ({error.strerror}).") from None
         if len(data) != index.seq_len * itemsize:
             raise DataError(
                 f"{self.rows.name_of(shard, row)}: {len(data)} of {index.seq_len * itemsize} bytes at "
-                f"offset {int(index.offsets[row])} of {index.path}; the shard was cut while in use."
+                f"offset {int(index.offsets[row])} of {index.location}; the shard was cut while in use."
             )
         return np.frombuffer(data, dtype=index.dtype)
 
@@ -189,7 +216,7 @@ class RowReader:
         else:
             if len(self._files) >= _OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            path = self.rows.shards[shard].path
+            path = self.rows.shards[shard].location
             try:
                 self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:

@@ -25,12 +25,19 @@ from jaxtyping import Int, UInt
 from ddkmix.documents import digest, read_documents
 from ddkmix.domains import Domain
 from ddkmix.errors import DataError
-from ddkmix.fingerprint import FileDigests, hash_json
-from ddkmix.index import DomainRows, ShardIndex, index_path, read_index, write_index
+from ddkmix.fingerprint import FileDigests, hash_file, hash_json, replacing
+from ddkmix.index import (
+    DomainRows,
+    ShardIndex,
+    index_path,
+    read_index,
+    row_checksums,
+    write_index,
+)
 from ddkmix.token_stream import TokenStream
 from ddkmix.tokenizer import TokenizerCard
 
-FORMAT = 1
+FORMAT = 2
 """Changes when packing the same documents would give other rows."""
 _BATCH_DOCUMENTS = 64
 
@@ -237,12 +244,16 @@ def pack_shard(job: _Job) -> None:
         "dropped": dict(dropped),
     }
     try:
+        offsets = _write_tar(job.rows, rows.astype(job.dtype))
         write_index(
             ShardIndex(
-                path=job.rows,
-                offsets=_write_tar(job.rows, rows.astype(job.dtype)),
+                location=str(job.rows),
+                size=job.rows.stat().st_size,
+                sha256=hash_file(job.rows),
+                offsets=offsets,
                 num_tokens=num_tokens,
                 num_bytes=num_bytes,
+                crc32=row_checksums(rows.astype(job.dtype)),
                 seq_len=job.seq_len,
                 dtype=job.dtype,
                 report=report,
@@ -260,24 +271,18 @@ def _write_tar(path: Path, rows: UInt[np.ndarray, "R T"]) -> Int[np.ndarray, " R
     The standard library writes the tar because importing webdataset imports torch, which would cost
     every worker process seconds; tests read the result with webdataset.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     offsets = np.zeros(len(rows), dtype=np.int64)
-    try:
-        with temporary.open("wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for i, row in enumerate(rows):
-                    data = io.BytesIO()
-                    np.save(data, row, allow_pickle=False)
-                    member = tarfile.TarInfo(f"{i:06d}.npy")
-                    member.size = len(data.getvalue())
-                    header = tarfile.BLOCKSIZE + member.size - row.nbytes
-                    offsets[i] = tar.offset + header
-                    data.seek(0)
-                    tar.addfile(member, data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        replacing(path) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for i, row in enumerate(rows):
+            data = io.BytesIO()
+            np.save(data, row, allow_pickle=False)
+            member = tarfile.TarInfo(f"{i:06d}.npy")
+            member.size = len(data.getvalue())
+            header = tarfile.BLOCKSIZE + member.size - row.nbytes
+            offsets[i] = tar.offset + header
+            data.seek(0)
+            tar.addfile(member, data)
     return offsets

@@ -13,7 +13,7 @@ from ddkmix.config import Teacher
 from ddkmix.distillation import DistillationModel, predicted
 from ddkmix.errors import DataError
 from ddkmix.evaluator import Evaluator, HeldOut, NatsCache, row_nats, select_rows, summarise
-from ddkmix.index import DomainRows, RowReader, ShardIndex
+from ddkmix.index import DomainRows, RowReader, ShardIndex, row_checksums
 from ddkmix.models import load_teacher
 from ddkmix.trainer import token_nats
 
@@ -33,10 +33,13 @@ def write_rows(folder, domain, shards, *, fingerprint="f"):
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         indices.append(
             ShardIndex(
-                path=path,
+                location=str(path),
+                size=path.stat().st_size,
+                sha256="",
                 offsets=np.arange(len(rows), dtype=np.int64) * SEQ_LEN * 2,
                 num_tokens=lengths,
                 num_bytes=3 * (lengths - 1),
+                crc32=row_checksums(tokens),
                 seq_len=SEQ_LEN,
                 dtype="<u2",
                 report={},

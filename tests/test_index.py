@@ -40,8 +40,8 @@ def shard(packed: DomainRows, tmp_path: Path) -> ShardIndex:
     """The first shard, in a copy that a test may damage."""
     path = tmp_path / "train-000000.tar"
     for source, target in (
-        (packed.shards[0].path, path),
-        (index_path(packed.shards[0].path), index_path(path)),
+        (Path(packed.shards[0].location), path),
+        (index_path(Path(packed.shards[0].location)), index_path(path)),
     ):
         target.write_bytes(source.read_bytes())
     return read_index(path)
@@ -70,27 +70,27 @@ def test_the_index_lies_beside_its_shard() -> None:
 
 def test_an_index_survives_the_disk(shard: ShardIndex) -> None:
     """Written and read again it says the same, and no temporary file is left."""
-    before = sorted(path.name for path in shard.path.parent.iterdir())
+    before = sorted(path.name for path in Path(shard.location).parent.iterdir())
     changed = replace(shard, num_bytes=shard.num_bytes + 1, report={"documents": 2, "dropped": {"empty": 1}})
     write_index(changed)
-    check_same(changed, read_index(shard.path))
-    assert before == sorted(path.name for path in shard.path.parent.iterdir())
+    check_same(changed, read_index(Path(shard.location)))
+    assert before == sorted(path.name for path in Path(shard.location).parent.iterdir())
 
 
 def test_the_same_index_has_the_same_bytes(shard: ShardIndex) -> None:
     """No clock is written into it."""
-    before = index_path(shard.path).read_bytes()
+    before = index_path(Path(shard.location)).read_bytes()
     write_index(shard)
-    assert before == index_path(shard.path).read_bytes()
+    assert before == index_path(Path(shard.location)).read_bytes()
 
 
 def damage_is_noticed(shard: ShardIndex, content: bytes) -> bool:
     """Whether a sidecar with this content is refused; if not, it must still say the same."""
-    index_path(shard.path).write_bytes(content)
+    index_path(Path(shard.location)).write_bytes(content)
     try:
-        check_same(shard, read_index(shard.path))
+        check_same(shard, read_index(Path(shard.location)))
     except DataError as error:
-        assert str(index_path(shard.path)) in str(error)
+        assert str(index_path(Path(shard.location))) in str(error)
         assert "delete its folder to pack again" in str(error)
         assert "\n" not in str(error)
         return True
@@ -99,7 +99,7 @@ def damage_is_noticed(shard: ShardIndex, content: bytes) -> bool:
 
 def test_a_cut_index_is_refused(shard: ShardIndex) -> None:
     """Wherever it ends, from the first byte to the last but one."""
-    whole = index_path(shard.path).read_bytes()
+    whole = index_path(Path(shard.location)).read_bytes()
     cuts = [*range(0, len(whole), 37), len(whole) - 1]
     assert [True] * len(cuts) == [damage_is_noticed(shard, whole[:cut]) for cut in cuts]
 
@@ -109,13 +109,13 @@ def test_a_cut_index_is_refused(shard: ShardIndex) -> None:
 def test_a_damaged_index_is_refused(packed: DomainRows, data: st.DataObject) -> None:
     """A flipped byte gives an error or changes nothing that counts, and never other rows."""
     shard = packed.shards[0]
-    whole = index_path(shard.path).read_bytes()
+    whole = index_path(Path(shard.location)).read_bytes()
     at = data.draw(st.integers(0, len(whole) - 1))
     flip = data.draw(st.integers(1, 255))
     try:
         damage_is_noticed(shard, whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :])
     finally:
-        index_path(shard.path).write_bytes(whole)
+        index_path(Path(shard.location)).write_bytes(whole)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x05\x06" + bytes(18)])
@@ -127,23 +127,23 @@ def test_what_is_no_index_is_refused(shard: ShardIndex, content: bytes) -> None:
 @pytest.mark.parametrize("missing", ["offsets", "num_tokens", "num_bytes", "meta"])
 def test_an_index_without_one_of_its_parts_is_refused(shard: ShardIndex, missing: str) -> None:
     """Every array is needed."""
-    with np.load(index_path(shard.path)) as arrays:
+    with np.load(index_path(Path(shard.location))) as arrays:
         kept = {name: array for name, array in arrays.items() if name != missing}
-    with index_path(shard.path).open("wb") as file:
+    with index_path(Path(shard.location)).open("wb") as file:
         np.savez(file, **kept)
     with pytest.raises(DataError, match=missing):
-        read_index(shard.path)
+        read_index(Path(shard.location))
 
 
 @pytest.mark.parametrize("meta", ["[]", "null", "{}", '{"seq_len": 16}', "{"])
 def test_an_index_with_other_metadata_is_refused(shard: ShardIndex, meta: str) -> None:
     """Metadata that is not what `write_index` writes."""
-    with np.load(index_path(shard.path)) as arrays:
+    with np.load(index_path(Path(shard.location))) as arrays:
         kept = {**arrays, "meta": np.array(meta)}
-    with index_path(shard.path).open("wb") as file:
+    with index_path(Path(shard.location)).open("wb") as file:
         np.savez(file, **kept)
     with pytest.raises(DataError, match="delete its folder to pack again"):
-        read_index(shard.path)
+        read_index(Path(shard.location))
 
 
 def test_pickles_are_not_loaded(shard: ShardIndex, tmp_path: Path) -> None:
@@ -153,38 +153,38 @@ def test_pickles_are_not_loaded(shard: ShardIndex, tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.mkdir, (str(tmp_path / "owned"),)
 
-    with np.load(index_path(shard.path)) as arrays:
+    with np.load(index_path(Path(shard.location))) as arrays:
         kept = {**arrays, "offsets": np.array([Evil()], dtype=object)}
-    with index_path(shard.path).open("wb") as file:
+    with index_path(Path(shard.location)).open("wb") as file:
         np.savez(file, **kept)
     with pytest.raises(DataError, match="allow_pickle"):
-        read_index(shard.path)
+        read_index(Path(shard.location))
     assert not (tmp_path / "owned").exists()
 
 
 def test_a_missing_index_is_refused(shard: ShardIndex) -> None:
     """The message names the file."""
-    index_path(shard.path).unlink()
+    index_path(Path(shard.location)).unlink()
     with pytest.raises(DataError, match=r"train-000000\.tar\.index\.npz cannot be read"):
-        read_index(shard.path)
+        read_index(Path(shard.location))
 
 
 def test_an_index_without_its_shard_is_refused(shard: ShardIndex) -> None:
     """The rows are gone."""
-    shard.path.unlink()
+    Path(shard.location).unlink()
     with pytest.raises(DataError, match="delete its folder to pack again"):
-        read_index(shard.path)
+        read_index(Path(shard.location))
 
 
 @pytest.mark.parametrize("change", [-1, 1])
 def test_a_shard_of_another_size_is_refused(shard: ShardIndex, change: int) -> None:
     """The index remembers how long its shard was."""
-    size = shard.path.stat().st_size
-    os.truncate(shard.path, size + change)
+    size = Path(shard.location).stat().st_size
+    os.truncate(Path(shard.location), size + change)
     with pytest.raises(DataError) as info:
-        read_index(shard.path)
+        read_index(Path(shard.location))
     assert (
-        f"{shard.path} has {size + change} bytes but was packed with {size}; it is truncated or was "
+        f"{shard.location} has {size + change} bytes but was packed with {size}; it is truncated or was "
         "changed. Delete its folder to pack again."
     ) == str(info.value)
 
@@ -217,12 +217,12 @@ def test_a_shard_cut_while_in_use_is_noticed(shard: ShardIndex) -> None:
     reader = RowReader(rows)
     expected = reader.read(0, 0).tolist()
     offset = int(shard.offsets[3])
-    os.truncate(shard.path, offset + 10)
+    os.truncate(Path(shard.location), offset + 10)
     assert expected == reader.read(0, 0).tolist()
     with pytest.raises(DataError) as info:
         reader.read(0, 3)
     assert (
-        f"code/train-000000.tar#3: 10 of 32 bytes at offset {offset} of {shard.path}; the shard was cut "
+        f"code/train-000000.tar#3: 10 of 32 bytes at offset {offset} of {shard.location}; the shard was cut "
         "while in use."
     ) == str(info.value)
 
@@ -230,7 +230,7 @@ def test_a_shard_cut_while_in_use_is_noticed(shard: ShardIndex) -> None:
 def test_a_shard_that_vanished_is_named(shard: ShardIndex) -> None:
     """Opened only when its first row is read."""
     reader = RowReader(rows_of(shard))
-    shard.path.unlink()
+    Path(shard.location).unlink()
     with pytest.raises(
         DataError, match=r"train-000000\.tar cannot be opened \(No such file or directory\)\."
     ):
@@ -246,7 +246,7 @@ def test_a_disk_that_fails_is_named(shard: ShardIndex, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "pread", failing)
     with pytest.raises(DataError) as info:
         RowReader(rows_of(shard)).read(0, 0)
-    assert f"{shard.path} cannot be read (Input/output error)." == str(info.value)
+    assert f"{shard.location} cannot be read (Input/output error)." == str(info.value)
 
 
 def open_files() -> int:

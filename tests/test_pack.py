@@ -329,8 +329,8 @@ def test_webdataset_reads_the_rows(tmp_path: Path, tokenizer: TokenizerCard) -> 
 def test_offsets_point_at_the_first_token(tmp_path: Path, tokenizer: TokenizerCard) -> None:
     """The bytes of the tar at a row's offset are its tokens."""
     shard = packed_of(tmp_path, tokenizer, [DOCUMENTS]).train.shards[0]
-    data = shard.path.read_bytes()
-    with tarfile.open(shard.path) as tar:
+    data = Path(shard.location).read_bytes()
+    with tarfile.open(Path(shard.location)) as tar:
         for row, member in enumerate(tar):
             tokens = np.load(io.BytesIO(tar.extractfile(member).read()))
             assert tokens.tobytes() == data[shard.offsets[row] :][: tokens.nbytes]
