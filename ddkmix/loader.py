@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from ddkmix.apportion import ROW
 from ddkmix.domains import load_domains
 from ddkmix.errors import ConfigError, DataError, MixtureExhausted
 from ddkmix.fingerprint import hash_json
@@ -22,7 +23,6 @@ from ddkmix.index import DomainRows
 from ddkmix.order import DomainOrder, locate
 from ddkmix.pack import pack_domains
 from ddkmix.planner import (
-    ROW,
     OnCap,
     PlannerState,
     PlanSettings,

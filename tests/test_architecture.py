@@ -40,6 +40,7 @@ LAYERS = {
     "pack": 5,
     # rows -> batches
     "order": 5,
+    "apportion": 4,
     "planner": 5,
     "reading": 6,
     "loader": 7,
