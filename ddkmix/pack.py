@@ -106,7 +106,7 @@ def packed_folders(
     return folders
 
 
-def open_packed(domain: Domain, folder: Path, fingerprint: str) -> PackedDomain:
+def open_packed(domain: Domain, folder: Path, fingerprint: str, padding_id: int) -> PackedDomain:
     """The packed rows of a domain.
 
     Raises:
@@ -118,6 +118,7 @@ def open_packed(domain: Domain, folder: Path, fingerprint: str) -> PackedDomain:
             domain=domain.name,
             shards=tuple(read_index(folder / path.name) for path in shards),
             fingerprint=hash_json([fingerprint, split]),
+            padding_id=padding_id,
             max_epochs=domain.max_epochs,
             prior=domain.prior,
         )
@@ -153,7 +154,9 @@ def pack_domains(
     on_shard(0, len(jobs))
     for done, _ in enumerate(_run(jobs, processes or os.cpu_count() or 1), start=1):
         on_shard(done, len(jobs))
-    return {domain.name: open_packed(domain, *folders[domain.name]) for domain in domains}
+    return {
+        domain.name: open_packed(domain, *folders[domain.name], tokenizer.separator_id) for domain in domains
+    }
 
 
 def pack_report(packed: dict[str, PackedDomain]) -> dict[str, Any]:
@@ -253,7 +256,7 @@ def pack_shard(job: _Job) -> None:
                 offsets=offsets,
                 num_tokens=num_tokens,
                 num_bytes=num_bytes,
-                crc32=row_checksums(rows.astype(job.dtype)),
+                crc32=row_checksums(rows.astype(job.dtype), num_tokens),
                 seq_len=job.seq_len,
                 dtype=job.dtype,
                 report=report,
