@@ -244,8 +244,7 @@ class DomainMixture:
 
     def row_names(self, plan: StepPlan) -> list[str]:
         """The names of a plan's rows (`code/train-000003.tar#17`), all ranks, in slot order."""
-        pairs = zip(plan.domain_ids.tolist(), plan.row_numbers.tolist(), strict=True)
-        return [self.stream.row_name(domain, j) for domain, j in pairs]
+        return self.stream.row_names(plan)
 
     def close(self) -> None:
         """Stop the workers and close the files; iterating again starts them anew."""

@@ -14,7 +14,7 @@ from ddkmix.errors import ConfigError, DataError
 from ddkmix.index import DomainRows
 from ddkmix.mixture_state import StreamIdentity
 from ddkmix.order import DomainOrder, locate
-from ddkmix.planner import OnCap, PlanSettings, TokensOf
+from ddkmix.planner import OnCap, PlanSettings, StepPlan, TokensOf
 
 Count = Literal["rows", "tokens"]
 """What a mixture weight is a share of."""
@@ -49,9 +49,10 @@ class Stream:
         shard, row = locate(self.orders[domain], j)
         return int(self.rows[domain].shards[shard].num_tokens[row])
 
-    def row_name(self, domain: int, j: int) -> str:
-        """The name of a domain's j-th row: `code/train-000003.tar#17`."""
-        return self.rows[domain].name_of(*locate(self.orders[domain], j))
+    def row_names(self, plan: StepPlan) -> list[str]:
+        """The names of a plan's rows (`code/train-000003.tar#17`), all ranks, in slot order."""
+        pairs = zip(plan.domain_ids.tolist(), plan.row_numbers.tolist(), strict=True)
+        return [self.rows[domain].name_of(*locate(self.orders[domain], j)) for domain, j in pairs]
 
 
 def describe_stream(

@@ -28,6 +28,7 @@ LAYERS = {
     "types": 1,
     "fingerprint": 1,
     "overrides": 1,
+    "validation": 1,
     "plugins": 1,
     "config": 2,
     # documents -> rows
