@@ -37,6 +37,11 @@ class Stream:
         return self._row_tokens if self.count == "tokens" else None
 
     @property
+    def dtype(self) -> str:
+        """numpy type that holds the tokens of every domain."""
+        return max((domain.dtype for domain in self.rows), key=lambda dtype: np.dtype(dtype).itemsize)
+
+    @property
     def natural_weights(self) -> Float[np.ndarray, " N"]:
         """Proportional to the cards' priors where all have one, else to the rows available."""
         priors = [domain.prior for domain in self.rows]
