@@ -36,6 +36,7 @@ LAYERS = {
     "hub": 3,
     "tokenizer": 4,
     "row_layout": 3,
+    "segments": 3,
     "token_stream": 4,
     "index": 4,
     "pack": 5,
@@ -50,6 +51,7 @@ LAYERS = {
     "batch": 9,
     "losses": 10,
     "models": 10,
+    "boundaries": 10,
     "teacher": 11,
     "distillation": 11,
     "metrics": 11,
@@ -66,7 +68,7 @@ LAYERS = {
     "__init__": 16,
     "__main__": 17,
 }
-SIBLINGS: set[tuple[str, str]] = set()
+SIBLINGS: set[tuple[str, str]] = {("boundaries", "models")}
 """(importer, imported) of one layer."""
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 320, 60
