@@ -2,10 +2,10 @@
 
     doc doc doc ...  ->  ids <sep> ids <sep> ids ...  ->  row | row | row | row + padding
 
-Documents are concatenated *within one shard of one domain*, so a row belongs to one domain and its name
-does not depend on any mixture. The last row of a shard is padded, never dropped. Train documents that
-also stand in the held-out split are dropped (exact duplicates). Every shard is written under a temporary
-name and renamed when whole: an interrupted run goes on where it stopped.
+Documents are packed *within one shard of one domain* (`row_layout` has the strategies), so a row belongs to
+one domain and its name does not depend on any mixture. Rows are padded at their end, never dropped. Train
+documents that also stand in the held-out split are dropped (exact duplicates). Every shard is written under
+a temporary name and renamed when whole: an interrupted run goes on where it stopped.
 """
 
 import io
@@ -34,6 +34,7 @@ from ddkmix.index import (
     row_checksums,
     write_index,
 )
+from ddkmix.row_layout import Strategy
 from ddkmix.token_stream import TokenStream
 from ddkmix.tokenizer import TokenizerCard
 
@@ -60,13 +61,18 @@ class _Job:
     tokenizer: Path
     separator_id: int
     seq_len: int
+    strategy: Strategy
     dtype: str
     held_out: frozenset[bytes]
     """Digests of the documents that a train shard must not contain."""
 
 
 def packed_folders(
-    domains: Sequence[Domain], tokenizer: TokenizerCard, seq_len: int, cache_dir: Path
+    domains: Sequence[Domain],
+    tokenizer: TokenizerCard,
+    seq_len: int,
+    cache_dir: Path,
+    strategy: Strategy = "concatenate",
 ) -> dict[str, tuple[Path, str]]:
     """Per domain: the folder that its rows have or will have, and their fingerprint.
 
@@ -95,6 +101,7 @@ def packed_folders(
                 "tokenizer": tokenizer.fingerprint,
                 "separator_id": tokenizer.separator_id,
                 "seq_len": seq_len,
+                "strategy": strategy,
                 "shards": content,
             }
         )
@@ -133,6 +140,7 @@ def pack_domains(
     *,
     seq_len: int,
     cache_dir: Path,
+    strategy: Strategy = "concatenate",
     processes: int = 0,
     on_shard: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, PackedDomain]:
@@ -143,14 +151,15 @@ def pack_domains(
         tokenizer: how text becomes ids.
         seq_len: tokens in a row.
         cache_dir: rows go to `<cache_dir>/rows/<domain>-<fingerprint>/`.
+        strategy: how documents become rows, see `row_layout`.
         processes: parallel processes; 0 means one per core.
         on_shard: called with (shards done, shards to do) as shards are completed.
 
     Raises:
         DataError: a shard cannot be read, or a split has no rows.
     """
-    folders = packed_folders(domains, tokenizer, seq_len, cache_dir)
-    jobs = [job for d in domains for job in _jobs(d, tokenizer, seq_len, folders[d.name][0])]
+    folders = packed_folders(domains, tokenizer, seq_len, cache_dir, strategy)
+    jobs = [job for d in domains for job in _jobs(d, tokenizer, seq_len, strategy, folders[d.name][0])]
     on_shard(0, len(jobs))
     for done, _ in enumerate(_run(jobs, processes or os.cpu_count() or 1), start=1):
         on_shard(done, len(jobs))
@@ -160,7 +169,8 @@ def pack_domains(
 
 
 def pack_report(packed: dict[str, PackedDomain]) -> dict[str, Any]:
-    """Per domain and split: documents, dropped documents by reason, rows, tokens, bytes per token."""
+    """Per domain and split: documents, those cut and those dropped (by reason), rows, tokens, padding, bytes
+    per token."""
     report: dict[str, Any] = {}
     for name, domain in packed.items():
         report[name] = {}
@@ -174,12 +184,15 @@ def pack_report(packed: dict[str, PackedDomain]) -> dict[str, Any]:
                 **totals,
                 "dropped": dict(dropped),
                 "rows": rows.num_rows,
+                "padding_share": round(totals["padding"] / max(totals["padding"] + totals["tokens"], 1), 6),
                 "bytes_per_token": round(totals["bytes"] / max(totals["tokens"], 1), 3),
             }
     return report
 
 
-def _jobs(domain: Domain, tokenizer: TokenizerCard, seq_len: int, folder: Path) -> Iterator[_Job]:
+def _jobs(
+    domain: Domain, tokenizer: TokenizerCard, seq_len: int, strategy: Strategy, folder: Path
+) -> Iterator[_Job]:
     missing = {
         split: [path for path in shards if not index_path(folder / path.name).exists()]
         for split, shards in (("train", domain.train), ("held_out", domain.held_out))
@@ -202,6 +215,7 @@ def _jobs(domain: Domain, tokenizer: TokenizerCard, seq_len: int, folder: Path) 
                 tokenizer=tokenizer.path,
                 separator_id=tokenizer.separator_id,
                 seq_len=seq_len,
+                strategy=strategy,
                 dtype="<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4",
                 held_out=held_out if split == "train" else frozenset(),
             )
@@ -239,24 +253,28 @@ def pack_shard(job: _Job) -> None:
             stream.add(batch)
             batch = []
     stream.add(batch)
-    rows, num_tokens, num_bytes = stream.rows()
+    packed = stream.rows(job.strategy)
+    rows = packed.tokens.astype(job.dtype)
     report = {
-        "documents": stream.num_documents,
-        "tokens": int(num_tokens.sum()),
+        "documents": packed.num_documents,
+        "truncated": packed.num_truncated,
+        "separators": packed.num_separators,
+        "tokens": int(packed.num_tokens.sum()),
+        "padding": packed.num_padding,
         "bytes": stream.num_bytes,
         "dropped": dict(dropped),
     }
     try:
-        offsets = _write_tar(job.rows, rows.astype(job.dtype))
+        offsets = _write_tar(job.rows, rows)
         write_index(
             ShardIndex(
                 location=str(job.rows),
                 size=job.rows.stat().st_size,
                 sha256=hash_file(job.rows),
                 offsets=offsets,
-                num_tokens=num_tokens,
-                num_bytes=num_bytes,
-                crc32=row_checksums(rows.astype(job.dtype), num_tokens),
+                num_tokens=packed.num_tokens,
+                num_bytes=packed.num_bytes,
+                crc32=row_checksums(rows, packed.num_tokens),
                 seq_len=job.seq_len,
                 dtype=job.dtype,
                 report=report,
