@@ -20,6 +20,7 @@ from ddkmix.models import build_student, load_teacher, save_student
 from ddkmix.pack import PackedDomain, pack_domains
 from ddkmix.policies import WeightPolicy
 from ddkmix.preflight import Prepared, check
+from ddkmix.provenance import DataBlock, describe, record_data
 from ddkmix.teacher import LiveTeacher
 from ddkmix.tokenizer import TokenizerCard
 from ddkmix.tracking import progress_bar
@@ -56,12 +57,16 @@ def train(
     if run.main:
         claim_run(config)
         start = run.mixture.state.step
+        block = _describe(run, prepared, packed)
+        record_data(config.run_dir, block)
+        run.row_sizes = block.row_sizes
         for name, first in (
             ("metrics.jsonl", start + 1),
             ("timings.jsonl", start + 1),
             ("intervals.jsonl", start),
         ):
             run.log(name).rewind(first)
+        run.last_interval = run.log("intervals.jsonl").last()
     accelerator.init_trackers(config.tracking.project)
     total = config.trainer.steps
     with progress_bar("train", total=total, shown=run.main) as bar, stop_on_signal(run):
@@ -209,6 +214,15 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
         teacher_sums=teacher_sums,
         evaluator=evaluator,
         window=LossWindow(terms, mixture.domains, accelerator.device),
+    )
+
+
+def _describe(run: Run, prepared: Prepared, packed: dict[str, PackedDomain]) -> DataBlock:
+    """The data of the steps to come."""
+    rows = {name: domain.train for name, domain in packed.items()}
+    state = run.mixture.state
+    return describe(
+        run.config, rows, run.mixture.settings, prepared.tokenizer, from_step=state.step, planner=state
     )
 
 

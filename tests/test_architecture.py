@@ -52,6 +52,7 @@ LAYERS = {
     "mixture_state": 6,
     "plan_queue": 6,
     "projection": 6,
+    "provenance": 7,
     "stream": 7,
     "reading": 8,
     "loader": 9,
@@ -202,7 +203,7 @@ def module_level_imports(source):
     return found
 
 
-@pytest.mark.parametrize("part", [*WITHOUT_TORCH, "cli", "preflight", "report", "tracking"])
+@pytest.mark.parametrize("part", [*WITHOUT_TORCH, "cli", "preflight", "replay", "report", "tracking"])
 def test_everything_up_to_the_policies_is_free_of_torch(part):
     """Importing these modules loads neither torch nor transformers nor accelerate."""
     for path in FILES:
