@@ -125,3 +125,14 @@ def describe_stream(
 def _cap(rows: DomainRows, max_epochs: float | None) -> int | None:
     limits = [limit for limit in (rows.max_epochs, max_epochs) if limit is not None]
     return int(min(limits) * rows.num_rows) if limits else None
+
+
+def check_ranks(batch_rows: int, rank: int, world_size: int) -> None:
+    """Raises ConfigError if a batch cannot be dealt to so many ranks."""
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank = {rank} of {world_size} processes; ranks count from 0.")
+    if batch_rows < 1 or batch_rows % world_size:
+        raise ConfigError(
+            f"batch_rows = {batch_rows} rows cannot be dealt evenly to {world_size} processes; use a "
+            f"positive multiple of {world_size}."
+        )

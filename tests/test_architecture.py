@@ -54,8 +54,10 @@ LAYERS = {
     "projection": 6,
     "provenance": 7,
     "stream": 7,
-    "reading": 8,
-    "loader": 9,
+    "prefetching": 8,
+    "row_tasks": 8,
+    "reading": 9,
+    "loader": 10,
     # losses -> weights
     "policies": 10,
     # batches -> losses: from here on with torch

@@ -367,16 +367,16 @@ class LateMixture(DomainMixture):
     """A saboteur without rollback: new weights reach only what is planned from now on."""
 
     def _rewind(self, state: PlannerState) -> None:
-        self._plans._ahead = with_weights(self._plans._ahead, state.weights)
+        self._plans.ahead = with_weights(self._plans.ahead, state.weights)
 
 
 class LosingMixture(DomainMixture):
     """A saboteur that drops what was read ahead but does not plan its rows again."""
 
     def _rewind(self, state: PlannerState) -> None:
-        ahead = self._plans._ahead
+        ahead = self._plans.ahead
         super()._rewind(state)
-        self._plans._ahead = replace(state, served=ahead.served, credit=ahead.credit)
+        self._plans.ahead = replace(state, served=ahead.served, credit=ahead.credit)
 
 
 class RepeatingMixture(DomainMixture):
@@ -385,7 +385,7 @@ class RepeatingMixture(DomainMixture):
     def _rewind(self, state: PlannerState) -> None:
         super()._rewind(state)
         before = self._plans._recent.get(state.step - 1, state)
-        self._plans._ahead = replace(before, weights=state.weights)
+        self._plans.ahead = replace(before, weights=state.weights)
 
 
 @pytest.mark.parametrize("sabotaged", [LateMixture, LosingMixture, RepeatingMixture])
@@ -488,7 +488,7 @@ class AheadMixture(DomainMixture):
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """The state of the last plan."""
-        return {**super().state_dict(step), "planner": self._plans._ahead.to_json()}
+        return {**super().state_dict(step), "planner": self._plans.ahead.to_json()}
 
 
 def test_the_resume_check_notices_states_that_are_not_whole(
