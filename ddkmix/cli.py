@@ -47,6 +47,7 @@ def pack(config: Config, overrides: Overrides = None) -> None:
             tokenizer,
             seq_len=run.pack.seq_len,
             cache_dir=run.cache_dir,
+            strategy=run.pack.strategy,
             processes=run.pack.processes,
             on_shard=lambda done, total: bar.update(done, total=total),
         )
@@ -54,8 +55,9 @@ def pack(config: Config, overrides: Overrides = None) -> None:
         for split, facts in splits.items():
             dropped = ", ".join(f"{n} {why}" for why, n in facts["dropped"].items()) or "none"
             print(
-                f"{name:14} {split:9} {facts['documents']:7,} documents  {facts['rows']:8,} rows  "
-                f"{facts['tokens']:11,} tokens  {facts['bytes_per_token']:.2f} bytes/token  "
+                f"{name:14} {split:9} {facts['documents']:7,} documents ({facts['truncated']:,} cut)  "
+                f"{facts['rows']:8,} rows  {facts['tokens']:11,} tokens  "
+                f"{facts['padding_share']:.2%} padding  {facts['bytes_per_token']:.2f} bytes/token  "
                 f"dropped: {dropped}"
             )
 
@@ -89,6 +91,7 @@ def plan(config: Config, overrides: Overrides = None) -> None:
         prepared.tokenizer,
         seq_len=run.pack.seq_len,
         cache_dir=run.cache_dir,
+        strategy=run.pack.strategy,
         processes=run.pack.processes,
     )
     mixture = DomainMixture(

@@ -97,6 +97,7 @@ def pack(prepared: Prepared, *, shown: bool) -> dict[str, PackedDomain]:
             prepared.tokenizer,
             seq_len=config.pack.seq_len,
             cache_dir=config.cache_dir,
+            strategy=config.pack.strategy,
             processes=config.pack.processes,
             on_shard=lambda done, total: bar.update(done, total=total),
         )

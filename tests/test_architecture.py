@@ -35,6 +35,7 @@ LAYERS = {
     "documents": 3,
     "hub": 3,
     "tokenizer": 4,
+    "row_layout": 3,
     "token_stream": 4,
     "index": 4,
     "pack": 5,

@@ -1,5 +1,6 @@
 """Packing: documents become rows of one domain, exactly, once, and in the same way every time."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -21,6 +22,7 @@ from ddkmix.domains import load_domains
 from ddkmix.errors import DataError
 from ddkmix.index import DomainRows, RowReader, ShardIndex, index_path
 from ddkmix.pack import PackedDomain, open_packed, pack_domains, pack_report, packed_folders
+from ddkmix.row_layout import Strategy
 from ddkmix.tokenizer import TokenizerCard, read_tokenizer
 from tests.conftest import EOS, write_domain, write_shard
 
@@ -64,12 +66,14 @@ def packed_of(
     held_out: Sequence[str] = ("held out",),
     *,
     seq_len: int = SEQ_LEN,
+    strategy: Strategy = "concatenate",
 ) -> PackedDomain:
     """One domain, packed."""
     domain_of(folder, "code", train, held_out)
     cards = load_domains([str(folder / "code.yaml")])
     cache = folder / "cache"
-    return pack_domains(cards, tokenizer, seq_len=seq_len, cache_dir=cache, processes=1)["code"]
+    packed = pack_domains(cards, tokenizer, seq_len=seq_len, cache_dir=cache, strategy=strategy, processes=1)
+    return packed["code"]
 
 
 def stored_rows(rows: DomainRows, shard: int = 0) -> list[list[int]]:
@@ -145,8 +149,10 @@ def test_the_check_notices_tokens_that_are_dropped(
     """A last row that is not full (as most packers drop it), or documents that run into each other."""
     rows, add = token_stream.TokenStream.rows, token_stream.TokenStream.add
 
-    def without_last_row(stream: token_stream.TokenStream) -> tuple[np.ndarray, ...]:
-        return tuple(array[:-1] for array in rows(stream))
+    def without_last_row(stream: token_stream.TokenStream, strategy: Strategy) -> token_stream.PackedRows:
+        whole = rows(stream, strategy)
+        cut = {name: getattr(whole, name)[:-1] for name in ("tokens", "num_tokens", "num_bytes")}
+        return dataclasses.replace(whole, **cut)
 
     def joined(stream: token_stream.TokenStream, documents: Sequence[str]) -> None:
         add(stream, ["".join(documents)] if documents else [])
@@ -227,6 +233,38 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path: Path) -> None:
 def test_a_small_vocabulary_is_stored_in_two_bytes(tmp_path: Path, tokenizer: TokenizerCard) -> None:
     """300 tokens fit."""
     assert "<u2" == packed_of(tmp_path, tokenizer, [["a"]]).train.shards[0].dtype
+
+
+# --- strategies -------------------------------------------------------------------------------------
+
+
+def test_best_fit_by_hand(tmp_path: Path, tokenizer: TokenizerCard) -> None:
+    """Rows of 8, documents of 6, 4, 4 and 2 tokens with their separators: two full rows, no document cut.
+
+    Concatenated, the same tokens also fill two rows and cut the second document.
+    """
+    texts = ["qwxyz", "jkq", "zyx", "b"]
+    report, rows = {}, {}
+    for strategy in ("concatenate", "best_fit"):
+        packed = packed_of(tmp_path, tokenizer, [texts], seq_len=8, strategy=strategy)
+        rows[strategy] = stored_rows(packed.train)
+        report[strategy] = pack_report({"code": packed})["code"]["train"]
+    library = Tokenizer.from_file(str(tokenizer.path))
+    spoken = [library.decode(row, skip_special_tokens=False).split(EOS)[:-1] for row in rows["best_fit"]]
+    assert [["qwxyz", "b"], ["jkq", "zyx"]] == spoken
+    assert [0, 1] == [report[name]["truncated"] for name in ("best_fit", "concatenate")]
+    assert [0, 0] == [report[name]["padding"] for name in ("best_fit", "concatenate")]
+    assert [2, 2] == [report[name]["rows"] for name in ("best_fit", "concatenate")]
+
+
+def test_padding_and_cut_documents_are_reported(tmp_path: Path, tokenizer: TokenizerCard) -> None:
+    """A document of 9 tokens does not fit into a row of 8: a full row and a remainder with 7 of padding."""
+    packed = packed_of(tmp_path, tokenizer, [["qwxyzjkq"]], seq_len=8, strategy="best_fit")
+    report = pack_report({"code": packed})["code"]["train"]
+    assert (1, 1, 1, 9, 7) == tuple(
+        report[name] for name in ("documents", "truncated", "separators", "tokens", "padding")
+    )
+    assert 7 / 16 == report["padding_share"]
 
 
 # --- bytes ------------------------------------------------------------------------------------------
@@ -321,7 +359,7 @@ def test_a_normaliser_that_shortens_text_keeps_its_bytes(tmp_path: Path) -> None
 def test_webdataset_reads_the_rows(tmp_path: Path, tokenizer: TokenizerCard) -> None:
     """A packed shard is a plain WebDataset of .npy members; the reader's offsets give the same rows."""
     train = packed_of(tmp_path, tokenizer, [DOCUMENTS]).train
-    samples = list(webdataset.WebDataset(str(train.shards[0].path), shardshuffle=False).decode())
+    samples = list(webdataset.WebDataset(train.shards[0].location, shardshuffle=False).decode())
     assert stored_rows(train) == [sample["npy"].tolist() for sample in samples]
     assert [f"{row:06d}" for row in range(train.num_rows)] == [sample["__key__"] for sample in samples]
 
@@ -497,12 +535,17 @@ def test_the_report_counts_rows_and_tokens(
     report = pack_report({"code": packed})["code"]["train"]
     tokens = sum(len(encode(text)) + 1 for text in DOCUMENTS)
     size = sum(len(text.encode()) for text in DOCUMENTS)
+    padding = packed.train.num_rows * SEQ_LEN - tokens
     assert {
         "documents": 4,
+        "truncated": 2,  # the second of each shard
+        "separators": 4,
         "tokens": tokens,
+        "padding": padding,
         "bytes": size,
         "dropped": {},
         "rows": packed.train.num_rows,
+        "padding_share": round(padding / (tokens + padding), 6),
         "bytes_per_token": round(size / tokens, 3),
     } == report
 
@@ -623,6 +666,17 @@ def test_fingerprints_change_with_the_row_length(two_domains: Path, tokenizer: T
     """Rows of another length are other rows."""
     short, long = fingerprints(two_domains, tokenizer), fingerprints(two_domains, tokenizer, seq_len=32)
     assert short["code"] != long["code"]
+
+
+def test_fingerprints_change_with_the_strategy(two_domains: Path, tokenizer: TokenizerCard) -> None:
+    """The same documents best-fitted are other rows, in a folder of their own."""
+    cards = load_domains([str(two_domains)])
+    folders = [
+        packed_folders(cards, tokenizer, SEQ_LEN, two_domains / "cache", strategy)["code"]
+        for strategy in ("concatenate", "best_fit")
+    ]
+    assert folders[0][0] != folders[1][0]
+    assert folders[0][1] != folders[1][1]
 
 
 def test_fingerprints_change_with_the_tokenizer(
