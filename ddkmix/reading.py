@@ -4,30 +4,73 @@ Workers are pure functions `(domain, j) -> row` and hold no state. A task carrie
 it belongs to; when plans change, older tasks become stale: workers skip them and the loop drops them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from multiprocessing import Value
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int, UInt
 
-from ddkmix.errors import DataError
-from ddkmix.index import DomainRows, RowReader
-from ddkmix.order import DomainOrder, locate
+from ddkmix.errors import DataError, RowError
+from ddkmix.order import locate_rows
+from ddkmix.rows import OpenFiles, RowReader
+from ddkmix.stream import Stream
 
 IGNORE = -100
 """Label of a position that predicts nothing (transformers' convention)."""
 _DEAD_WORKER = (RuntimeError, EOFError, ConnectionError, FileNotFoundError)
 """What torch and multiprocessing raise in the main process when a worker was killed."""
+_ATTEMPTS = 8
+"""Substitutes to try for one row; when all are bad, it is not a matter of single rows."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Task:
     """What one worker call must read."""
 
     version: int
-    rows: tuple[tuple[int, int], ...]
-    """(domain, j) of each row."""
+    domain_ids: Int[np.ndarray, " b"]
+    """Sorted."""
+    row_numbers: Int[np.ndarray, " b"]
+    """The j of each row."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Substitution:
+    """A row that was not the one that was packed, and the row of its domain that was served instead."""
+
+    domain: str
+    j: int
+    row: str
+    """Name of the bad row."""
+    substitute: str
+    """Name of the row that took its place."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowBatch:
+    """What a worker sends back: compact, because it crosses a process boundary."""
+
+    version: int
+    tokens: Any
+    """(b, T) tensor of the stored type."""
+    num_tokens: Int[np.ndarray, " b"]
+    substitutions: tuple[Substitution, ...] = ()
+    error: str | None = None
+
+
+def tensors_of(batch: RowBatch, domain_ids: Int[np.ndarray, " b"]) -> dict[str, Any]:
+    """What a loop receives: `input_ids` and `labels` (b, T) int64, `domain_ids` (b,) int64."""
+    from torch import arange, from_numpy, int64
+
+    input_ids = batch.tokens.to(int64)
+    labels, seq_len = input_ids.clone(), input_ids.shape[1]
+    if batch.num_tokens.min(initial=seq_len) < seq_len:
+        labels.masked_fill_(arange(seq_len) >= from_numpy(batch.num_tokens)[:, None], IGNORE)
+    return {"input_ids": input_ids, "labels": labels, "domain_ids": from_numpy(domain_ids)}
 
 
 class ReadAhead:
@@ -35,18 +78,17 @@ class ReadAhead:
 
     def __init__(
         self,
-        rows: Sequence[DomainRows],
-        orders: Sequence[DomainOrder],
+        stream: Stream,
         tasks: Callable[[], Iterator[Task]],
         *,
         num_workers: int,
         prefetch_steps: int,
     ) -> None:
         """`tasks` is called when reading starts; its iterator is advanced whenever there is room ahead."""
-        self._rows, self._orders, self._tasks = rows, orders, tasks
+        self._stream, self._tasks = stream, tasks
         self._num_workers, self._prefetch_steps = num_workers, prefetch_steps
         self._version = Value("q", 0, lock=False)
-        self._batches: Iterator[dict[str, Any]] | None = None
+        self._batches: Iterator[RowBatch] | None = None
 
     @property
     def version(self) -> int:
@@ -61,8 +103,8 @@ class ReadAhead:
         """Stop the workers and close the files; `receive` starts anew."""
         self._batches = None
 
-    def receive(self) -> dict[str, Any] | None:
-        """The batch of the next task that is not stale, or None when there are no tasks.
+    def receive(self) -> RowBatch | None:
+        """The rows of the next task that is not stale, or None when there are no tasks.
 
         Raises:
             DataError: a row cannot be read, or a reader process ended.
@@ -81,63 +123,110 @@ class ReadAhead:
             ) from None
         if item is None:
             self.close()
-        elif "error" in item:
+        elif item.error is not None:
             self.close()  # what was read ahead of it is dropped: whoever goes on starts at this step
-            raise DataError(item["error"])
+            raise DataError(item.error)
         return item
 
-    def _next(self) -> dict[str, Any] | None:
+    def _next(self) -> RowBatch | None:
         if self._batches is None:
             self._batches = self._start()
-        for item in self._batches:
-            if int(item.pop("version")) == self.version:
-                return item
-        return None
+        return next((item for item in self._batches if item.version == self.version), None)
 
-    def _start(self) -> Iterator[dict[str, Any]]:
+    def _start(self) -> Iterator[RowBatch]:
         from torch import Generator
         from torch.utils.data import DataLoader
 
-        dataset = _Rows([RowReader(rows) for rows in self._rows], self._orders, self._version)
-        loader: DataLoader[dict[str, Any]] = DataLoader(
-            dataset,  # type: ignore[arg-type]  # a map-style dataset without a length
+        loader: DataLoader[RowBatch] = DataLoader(
+            _Rows(self._stream, self._version),  # type: ignore[arg-type]  # it has no length
             batch_size=None,
             sampler=_Iterable(self._tasks),
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch_steps if self._num_workers else None,
+            collate_fn=_as_it_is,  # the default one walks through every value
             generator=Generator(),  # its own, or starting workers would move the run's random state
         )
         return iter(loader)
 
 
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
 class _Rows:
     """A map-style dataset whose keys are tasks; the only code that runs in workers."""
 
-    def __init__(self, readers: Sequence[RowReader], orders: Sequence[DomainOrder], version: Any) -> None:
-        self._readers, self._orders, self._version = readers, orders, version
+    def __init__(self, stream: Stream, version: Any) -> None:
+        files = OpenFiles()
+        self._readers = [RowReader(domain, files) for domain in stream.rows]
+        self._orders, self._version = stream.orders, version
+        self._dtype = max(
+            (domain.dtype for domain in stream.rows), key=lambda dtype: np.dtype(dtype).itemsize
+        )
 
-    def __getitem__(self, task: Task) -> dict[str, Any]:
+    def __getitem__(self, task: Task) -> RowBatch:
+        from torch import empty, from_numpy
+
         if task.version < self._version.value:
-            return {"version": task.version}  # dropped by the loop; reading it would be wasted
+            return RowBatch(task.version, empty(0), task.row_numbers)  # reading it would be wasted
+        tokens = np.empty((len(task.row_numbers), self._readers[0].rows.seq_len), dtype=self._dtype)
         try:
-            return {"version": task.version, **self._read(task)}
+            num_tokens, substitutions = self._read(task, tokens)
         except DataError as error:  # as a value, or the worker's traceback would bury the message
-            return {"version": task.version, "error": str(error)}
+            return RowBatch(task.version, empty(0), task.row_numbers, error=str(error))
+        return RowBatch(task.version, from_numpy(tokens), num_tokens, substitutions)
 
-    def _read(self, task: Task) -> dict[str, Any]:
-        seq_len = self._readers[0].rows.seq_len
-        input_ids = np.empty((len(task.rows), seq_len), dtype=np.int64)
-        labels = np.full_like(input_ids, IGNORE)
-        for i, (domain, j) in enumerate(task.rows):
-            shard, row = locate(self._orders[domain], j)
-            input_ids[i] = self._readers[domain].read(shard, row)
-            valid = int(self._readers[domain].rows.shards[shard].num_tokens[row])
-            labels[i, :valid] = input_ids[i, :valid]
-        return {
-            "input_ids": input_ids,
-            "labels": labels,
-            "domain_ids": np.array([domain for domain, _ in task.rows], dtype=np.int64),
-        }
+    def _read(
+        self, task: Task, tokens: UInt[np.ndarray, "b T"]
+    ) -> tuple[Int[np.ndarray, " b"], tuple[Substitution, ...]]:
+        num_tokens = np.empty(len(tokens), dtype=np.int64)
+        substitutions: list[Substitution] = []
+        domains, starts = np.unique(task.domain_ids, return_index=True)
+        for domain, start, end in zip(domains, starts, [*starts[1:], len(tokens)], strict=True):
+            reader, numbers = self._readers[domain], task.row_numbers[start:end]
+            shards, rows = locate_rows(self._orders[domain], numbers)
+            num_tokens[start:end] = reader.num_tokens(shards, rows)
+            failures = self._fill(reader, tokens[start:end], shards, rows)
+            for i, failure in failures.items():
+                bad = reader.rows.name_of(int(shards[i]), int(rows[i]))
+                record, row, length = self._substitute(int(domain), int(numbers[i]), bad, failure)
+                tokens[start + i], num_tokens[start + i] = row, length
+                substitutions.append(record)
+        return num_tokens, tuple(substitutions)
+
+    def _fill(
+        self,
+        reader: RowReader,
+        tokens: UInt[np.ndarray, "n T"],
+        shards: Int[np.ndarray, " n"],
+        rows: Int[np.ndarray, " n"],
+    ) -> dict[int, RowError]:
+        if reader.rows.dtype == self._dtype:
+            return reader.read_into(tokens, shards, rows)
+        narrow = np.empty(tokens.shape, dtype=reader.rows.dtype)
+        failures = reader.read_into(narrow, shards, rows)
+        tokens[:] = narrow
+        return failures
+
+    def _substitute(
+        self, domain: int, j: int, bad: str, failure: RowError
+    ) -> tuple[Substitution, UInt[np.ndarray, " T"], int]:
+        """A row that depends on seed, domain and j alone, whoever reads it."""
+        reader, order = self._readers[domain], self._orders[domain]
+        starts = reader.rows.places.starts
+        for attempt in range(_ATTEMPTS):
+            key = f"{order.seed}\0{order.domain}\0{j}\0{attempt}".encode()
+            place = int.from_bytes(blake2b(key, digest_size=8).digest()) % order.num_rows
+            shard = int(np.searchsorted(starts, place, side="right")) - 1
+            row = place - int(starts[shard])
+            try:
+                tokens = reader.read(shard, row)
+            except RowError:
+                continue
+            name = reader.rows.name_of(shard, row)
+            record = Substitution(domain=order.domain, j=j, row=bad, substitute=name, reason=str(failure))
+            return record, tokens, int(reader.rows.places.num_tokens[place])
+        raise DataError(f"{failure} {_ATTEMPTS} substitutes of the domain are damaged too.")
 
 
 class _Iterable:

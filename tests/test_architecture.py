@@ -42,36 +42,40 @@ LAYERS = {
     # rows -> batches
     "order": 5,
     "apportion": 4,
+    "rows": 6,
+    "mixture_state": 6,
+    "plan_queue": 6,
+    "stream": 7,
     "planner": 5,
-    "reading": 6,
-    "loader": 7,
+    "reading": 8,
+    "loader": 9,
     # losses -> weights
-    "policies": 8,
+    "policies": 10,
     # batches -> losses: from here on with torch
-    "batch": 9,
-    "losses": 10,
-    "models": 10,
-    "teacher": 11,
-    "distillation": 11,
-    "metrics": 11,
-    "schedule": 11,
-    "evaluator": 12,
+    "batch": 11,
+    "losses": 12,
+    "models": 12,
+    "teacher": 13,
+    "distillation": 13,
+    "metrics": 13,
+    "schedule": 13,
+    "evaluator": 14,
     # the loop and what stands around it
-    "checkpoint": 13,
-    "tracking": 13,
-    "preflight": 13,
-    "trainer": 14,
-    "setup": 15,
-    "report": 15,
-    "cli": 16,
-    "__init__": 16,
-    "__main__": 17,
+    "checkpoint": 15,
+    "tracking": 15,
+    "preflight": 15,
+    "trainer": 16,
+    "setup": 17,
+    "report": 17,
+    "cli": 18,
+    "__init__": 18,
+    "__main__": 19,
 }
 SIBLINGS: set[tuple[str, str]] = set()
 """(importer, imported) of one layer."""
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 320, 60
-STILL_LONGER = {"loader.py": 358}
+STILL_LONGER: dict[str, int] = {}
 """Files and functions that wait to be split. They must not grow, and the list must not."""
 
 

@@ -20,9 +20,10 @@ from tokenizers import Tokenizer
 from ddkmix import token_stream
 from ddkmix.domains import load_domains
 from ddkmix.errors import DataError
-from ddkmix.index import DomainRows, RowReader, ShardIndex, index_path
+from ddkmix.index import DomainRows, ShardIndex, index_path
 from ddkmix.pack import PackedDomain, open_packed, pack_domains, pack_report, packed_folders
 from ddkmix.row_layout import Strategy
+from ddkmix.rows import RowReader
 from ddkmix.tokenizer import TokenizerCard, read_tokenizer
 from tests.conftest import EOS, write_domain, write_shard
 

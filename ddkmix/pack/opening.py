@@ -95,6 +95,7 @@ def open_packed(
             domain=domain or manifest.domain,
             shards=tuple(indices),
             fingerprint=hash_json([manifest.fingerprint, split]),
+            padding_id=manifest.separator_id,
             max_epochs=max_epochs,
             prior=prior,
         )

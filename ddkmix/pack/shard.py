@@ -171,7 +171,7 @@ def _write(path: Path, kept: _Kept, settings: RowSettings) -> None:
                 offsets=offsets,
                 num_tokens=packed.num_tokens,
                 num_bytes=packed.num_bytes,
-                crc32=row_checksums(rows),
+                crc32=row_checksums(rows, packed.num_tokens),
                 seq_len=settings.seq_len,
                 dtype=settings.dtype,
                 report=_facts(packed, kept),
