@@ -13,7 +13,7 @@ from ddkmix.errors import ConfigError, ModelError
 from ddkmix.hub import check_layers, common_vocab, read_model_config
 from ddkmix.losses import LossTerm, build_terms
 from ddkmix.policies import WeightPolicy, build_policy, next_state
-from ddkmix.tokenizer import TokenizerCard, read_tokenizer
+from ddkmix.tokenizer import TokenizerCard, check_separator, read_tokenizer
 from ddkmix.types import DomainLosses
 
 
@@ -28,6 +28,11 @@ class Prepared:
     terms: tuple[LossTerm, ...]
     vocab_size: int | None
     """Classes that teacher and student share, where their padding differs."""
+
+    @property
+    def separator_id(self) -> int | None:
+        """The token that keeps the documents of a row apart; None where they see each other."""
+        return self.tokenizer.separator_id if self.config.trainer.document_boundaries else None
 
 
 def check(config: RunConfig) -> Prepared:
@@ -46,6 +51,8 @@ def check(config: RunConfig) -> Prepared:
     tokenizer = read_tokenizer(
         config.teacher.model, revision=config.teacher.revision, separator=config.pack.separator
     )
+    if config.trainer.document_boundaries:
+        check_separator(tokenizer)
     student = _student_config(config, teacher)
     _check_student_tokenizer(config, tokenizer)
     for who, model in (("teacher", teacher), ("student", student)):

@@ -9,9 +9,11 @@ import torch
 from ddkmix.checkpoint import claim_run, find_run, load_checkpoint
 from ddkmix.config import RunConfig
 from ddkmix.distillation import DistillationModel
+from ddkmix.errors import DataError
 from ddkmix.evaluator import Evaluator, NatsCache, select_rows
 from ddkmix.fingerprint import hash_json
 from ddkmix.hub import model_fingerprint
+from ddkmix.index import DomainRows
 from ddkmix.loader import DomainMixture
 from ddkmix.metrics import LossWindow
 from ddkmix.models import build_student, load_teacher, save_student
@@ -19,6 +21,7 @@ from ddkmix.pack import PackedDomain, pack_domains
 from ddkmix.policies import WeightPolicy
 from ddkmix.preflight import Prepared, check
 from ddkmix.teacher import LiveTeacher
+from ddkmix.tokenizer import TokenizerCard
 from ddkmix.tracking import progress_bar
 from ddkmix.trainer import Run, run_loop, stop_on_signal, token_nats
 from ddkmix.types import DomainLosses
@@ -92,7 +95,7 @@ def pack(prepared: Prepared, *, shown: bool) -> dict[str, PackedDomain]:
     """The packed rows of a config; what the cache lacks is packed now, under a progress bar."""
     config = prepared.config
     with progress_bar("pack", total=None, shown=shown) as bar:
-        return pack_domains(
+        packed = pack_domains(
             prepared.domains,
             prepared.tokenizer,
             seq_len=config.pack.seq_len,
@@ -101,6 +104,21 @@ def pack(prepared: Prepared, *, shown: bool) -> dict[str, PackedDomain]:
             processes=config.pack.processes,
             on_shard=lambda done, total: bar.update(done, total=total),
         )
+    if prepared.separator_id is not None:
+        for rows in (rows for domain in packed.values() for rows in (domain.train, domain.held_out)):
+            _check_separators(rows, prepared.tokenizer)
+    return packed
+
+
+def _check_separators(rows: DomainRows, tokenizer: TokenizerCard) -> None:
+    """Raises DataError if a document of these rows contains the separator, which would cut it in two."""
+    for shard in rows.shards:
+        if extra := shard.report["separators"] - shard.report["documents"]:
+            raise DataError(
+                f"domain {rows.domain!r}: {extra} tokens in the text of {shard.name} are the separator "
+                f"{tokenizer.separator!r}; documents cannot be kept apart by it. Set pack.separator to a "
+                "special token, or trainer.document_boundaries to false."
+            )
 
 
 def open_mixture(
@@ -139,7 +157,7 @@ def teacher_cache(prepared: Prepared, device: torch.device) -> NatsCache:
     """Where the teacher's held-out losses are kept: keyed by its parameters and how it computes."""
     teacher, cache_dir = prepared.config.teacher, prepared.config.cache_dir
     fingerprint = model_fingerprint(teacher.model, teacher.revision, cache_dir)
-    key = hash_json([fingerprint, teacher.dtype, device.type, prepared.vocab_size])
+    key = hash_json([fingerprint, teacher.dtype, device.type, prepared.vocab_size, prepared.separator_id])
     return NatsCache(cache_dir / "teacher_nats", key)
 
 
@@ -187,7 +205,7 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
         terms=prepared.terms,
         student=model,
         optimizer=optimizer,
-        teacher=LiveTeacher(teacher, vocab_size=prepared.vocab_size),
+        teacher=LiveTeacher(teacher, vocab_size=prepared.vocab_size, separator_id=prepared.separator_id),
         teacher_sums=teacher_sums,
         evaluator=evaluator,
         window=LossWindow(terms, mixture.domains, accelerator.device),
@@ -199,6 +217,7 @@ def _distillation(prepared: Prepared, model: torch.nn.Module) -> DistillationMod
         model,
         vocab_size=prepared.vocab_size,
         chunk_tokens=prepared.config.trainer.logits_chunk_tokens,
+        separator_id=prepared.separator_id,
     )
 
 

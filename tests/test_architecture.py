@@ -31,14 +31,18 @@ LAYERS = {
     "plugins": 1,
     "config": 2,
     # documents -> rows
-    "domains": 3,
+    "storage": 3,
     "documents": 3,
+    "card": 3,
+    "document_shards": 4,
+    "domains": 5,
     "hub": 3,
     "tokenizer": 4,
     "row_layout": 3,
+    "segments": 3,
     "token_stream": 4,
     "index": 4,
-    "pack": 5,
+    "pack": 6,
     # rows -> batches
     "order": 5,
     "apportion": 4,
@@ -55,6 +59,7 @@ LAYERS = {
     "batch": 11,
     "losses": 12,
     "models": 12,
+    "boundaries": 12,
     "teacher": 13,
     "distillation": 13,
     "metrics": 13,
@@ -64,6 +69,7 @@ LAYERS = {
     "checkpoint": 15,
     "tracking": 15,
     "preflight": 15,
+    "prepare": 16,
     "trainer": 16,
     "setup": 17,
     "report": 17,
@@ -71,7 +77,7 @@ LAYERS = {
     "__init__": 18,
     "__main__": 19,
 }
-SIBLINGS: set[tuple[str, str]] = set()
+SIBLINGS: set[tuple[str, str]] = {("boundaries", "models")}
 """(importer, imported) of one layer."""
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 320, 60
