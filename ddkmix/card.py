@@ -1,5 +1,6 @@
 """The content of a domain card, and what is wrong with it in one line."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,14 +75,14 @@ class Card(Section):
     """Lower-case letters, digits, _ and -; seeds and file names derive from it."""
     description: str = ""
     text_field: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$")] = "txt"
-    """What holds the text of a document: a tar's member `txt` or `text`, or `json.FIELD`; elsewhere a column."""
+    """What holds the text: a tar's member `txt` or `text`, or `json.FIELD`; elsewhere a column."""
     train: Entries | None = None
     """Shards to learn from."""
     held_out: HeldOut | None = None
     """Shards to measure on."""
     rows: str | None = None
     """Folder that `ddkmix pack` wrote, in place of train and held_out."""
-    sha256: dict[str, Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]] = {}
+    sha256: Mapping[str, Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]] = Field(default={})
     """File name -> digest, checked when a shard is read."""
     license: str
     max_epochs: Positive | None = None

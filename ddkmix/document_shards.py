@@ -57,9 +57,7 @@ class DocumentShard:
         return shown(self.location) if self.dataset is None else f"{self.location} ({self.name})"
 
 
-def shards_of_pattern(
-    pattern: str, folder: Path, storage: Storage, *, where: str
-) -> Iterator[DocumentShard]:
+def shards_of_pattern(pattern: str, folder: Path, storage: Storage, *, where: str) -> Iterator[DocumentShard]:
     """The files that one entry of a card names, in order.
 
     Args:
@@ -88,7 +86,12 @@ def shards_of_pattern(
 
 
 def shard_of_dataset(split: HubSplit, parts: int | None) -> DocumentShard:
-    """A data set as one shard, until `parts_of_dataset` is told how many there are (None: as many as files)."""
+    """A data set as one shard, until `parts_of_dataset` is told how many there are.
+
+    Args:
+        split: of the data set.
+        parts: how many; None means as many as it has files.
+    """
     return DocumentShard(location=split.dataset, name=_stem_of(split), dataset=split, of=parts or 0)
 
 
@@ -117,10 +120,9 @@ def with_names(shards: Sequence[DocumentShard], *, where: str) -> tuple[Document
     first: dict[str, DocumentShard] = {}
     for shard in named:
         other = first.setdefault(shard.name, shard)
-        if other is not shard and other.location != shard.location:
+        if _path_of(other.location) != _path_of(shard.location):  # else one shard twice, which is told better later
             raise DataError(
-                f"{where}: {other} and {shard} would both have rows called {shard.name}; "
-                "rename one."
+                f"{where}: {other} and {shard} would both have rows called {shard.name}; rename one."
             )
     return named
 
@@ -143,7 +145,8 @@ def with_checksums(
         fits = [i for i, shard in enumerate(shards) if f"/{_path_of(shard.location)}".endswith(f"/{key}")]
         if len(fits) > 1:
             raise DataError(
-                f"sha256: {key!r} fits {shards[fits[0]]} and {shards[fits[1]]}; write more of the path before it."
+                f"sha256: {key!r} fits {shards[fits[0]]} and {shards[fits[1]]}; write more of the path "
+                "before it."
             )
         for i in fits:
             result[i] = replace(result[i], sha256=digest.lower())
@@ -154,8 +157,8 @@ def with_checksums(
 def _remote_shard(location: str, storage: Storage, where: str) -> DocumentShard:
     if "*" in location and scheme_of(location) != "pipe":
         raise DataError(
-            f"{where} = {shown(location)!r}: `*` stands for files of this machine only; name remote shards with "
-            "braces, a list or a wids list."
+            f"{where} = {shown(location)!r}: `*` stands for files of this machine only; name remote shards "
+            "with braces, a list or a wids list."
         )
     check_location(location, storage, where)
     return DocumentShard(location=location)

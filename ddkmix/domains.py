@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddkmix.card import NEEDS, Card, DatasetEntry, HeldOutShare, Source, read_card
+from ddkmix.config import Storage
 from ddkmix.document_shards import (
     DocumentShard,
     shard_of_dataset,
@@ -25,7 +26,6 @@ from ddkmix.document_shards import (
     with_checksums,
     with_names,
 )
-from ddkmix.config import Storage
 from ddkmix.documents import HubSplit
 from ddkmix.errors import DataError
 from ddkmix.storage.location import check_location, is_remote
@@ -130,7 +130,8 @@ def _documents(card: Card, path: Path, storage: Storage) -> dict[str, Any]:
         raise DataError(f"{path}: domain {card.name!r} has no train shards; name them under train.")
     found: set[str] = set()
     train = _shards(card, card.train, path, "train", storage, found)
-    held_out, share = (), None
+    held_out: tuple[DocumentShard, ...] = ()
+    share = None
     if isinstance(card.held_out, HeldOutShare):
         share = card.held_out.share_of_train
     else:

@@ -15,21 +15,32 @@ from pathlib import Path
 from typing import Any
 
 from ddkmix.config import Storage
-from ddkmix.domains import SPLITS, Domain
+from ddkmix.domains import SPLITS, Domain, Split
 from ddkmix.errors import DataError
-from ddkmix.index import index_path, read_index
+from ddkmix.index import read_index
 from ddkmix.pack.digests import count_repeated
 from ddkmix.pack.facts import add_reports, split_report
-from ddkmix.pack.manifest import MANIFEST, Manifest, describe_shard, parse_manifest, write_manifest
-from ddkmix.pack.marks import Fetching, find_marks, with_parts
+from ddkmix.pack.manifest import (
+    MANIFEST,
+    Manifest,
+    PackedShard,
+    describe_shard,
+    parse_manifest,
+    write_manifest,
+)
+from ddkmix.pack.marks import check_remote_shards, fetching_of, find_marks, with_parts
 from ddkmix.pack.opening import PackedDomain, check_rows, open_packed, read_manifest
+from ddkmix.pack.publish import publish
 from ddkmix.pack.work import PackingPlan, Part, parse_part, plan_packing, run_packing
 from ddkmix.row_layout import Strategy
+from ddkmix.storage.location import shown
 from ddkmix.tokenizer import TokenizerCard
 
 __all__ = [
     "PackedDomain",
     "Part",
+    "check_remote_shards",
+    "fetching_of",
     "missing_shards",
     "open_packed",
     "pack_domains",
@@ -37,7 +48,9 @@ __all__ = [
     "packed_folders",
     "parse_part",
     "plan_all",
+    "publish",
     "read_manifest",
+    "read_packed",
 ]
 
 
@@ -56,8 +69,7 @@ def plan_all(
         DataError: a shard is missing or empty, or two have the same content.
         StorageError: a store cannot be asked.
     """
-    storage = storage or Storage()
-    fetching = Fetching(folder=(storage.folder or cache_dir) / "incoming", storage=storage)
+    fetching = fetching_of(cache_dir, storage or Storage())
     whole = with_parts([domain for domain in domains if domain.rows is None])
     marks = find_marks(whole, cache_dir, fetching)
     return [
@@ -120,7 +132,7 @@ def pack_domains(
         StorageError: a store cannot be asked.
     """
     storage = storage or Storage()
-    manifests = _check_packed(domains, tokenizer, seq_len, cache_dir, storage)
+    manifests = read_packed(domains, tokenizer, seq_len=seq_len, cache_dir=cache_dir, storage=storage)
     plans = plan_all(
         domains, tokenizer, seq_len=seq_len, cache_dir=cache_dir, strategy=strategy, storage=storage
     )
@@ -147,41 +159,50 @@ def pack_domains(
 
 def missing_shards(plans: Sequence[PackingPlan]) -> dict[str, tuple[int, int]]:
     """Per domain that is not complete: (shards still to be packed, shards)."""
-    counts = {
-        plan.domain.name: (sum(not job.done for job in plan.jobs), len(plan.jobs)) for plan in plans
-    }
+    counts = {plan.domain.name: (sum(not job.done for job in plan.jobs), len(plan.jobs)) for plan in plans}
     return {name: count for name, count in counts.items() if count[0]}
 
 
 def pack_report(packed: Mapping[str, PackedDomain]) -> dict[str, Any]:
     """Per domain and split: documents, those cut and those dropped (by reason), rows, tokens, padding, bytes
     per token; and the sum over all domains as `total`."""
-    report: dict[str, Any] = {
-        name: {split: dict(domain.report[split]) for split in SPLITS} for name, domain in packed.items()
-    }
+    report: dict[str, Any] = {}
+    for name, domain in packed.items():
+        assert domain.manifest is not None
+        report[name] = {split: dict(domain.manifest.report[split]) for split in SPLITS}
     report["total"] = {split: add_reports(domain[split] for domain in report.values()) for split in SPLITS}
     return report
 
 
-def _check_packed(
-    domains: Sequence[Domain], tokenizer: TokenizerCard, seq_len: int, cache_dir: Path, storage: Storage
+def read_packed(
+    domains: Sequence[Domain],
+    tokenizer: TokenizerCard,
+    *,
+    seq_len: int,
+    cache_dir: Path,
+    storage: Storage,
 ) -> dict[str, Manifest]:
-    """The manifests of the domains that name packed rows."""
+    """The rows.json of the domains that name packed rows, checked against the run.
+
+    Raises:
+        DataError: one is missing or damaged, does not fit, or two have the same rows.
+        StorageError: a store cannot be asked.
+    """
     manifests: dict[str, Manifest] = {}
     owners: dict[str, str] = {}
     for domain in domains:
         if domain.rows is None:
             continue
         manifest = read_manifest(domain.rows, cache_dir=cache_dir, storage=storage)
-        check_rows(manifest, tokenizer, seq_len, f"{domain.card}: rows {domain.rows}")
+        check_rows(manifest, tokenizer, seq_len, f"{domain.card}: rows {shown(domain.rows)}")
         manifests[domain.name] = manifest
         for split in SPLITS:
             for shard in manifest.splits[split]:
                 place = f"{domain.name}/{split}/{shard.name}"
-                other = owners.setdefault(shard.sha256, place) if shard.rows else place
-                if other != place:
+                if shard.rows and owners.setdefault(shard.sha256, place) != place:
                     raise DataError(
-                        f"{place} has the same rows as {other}; a shard belongs to one split of one domain."
+                        f"{place} has the same rows as {owners[shard.sha256]}; a shard belongs to one split "
+                        "of one domain."
                     )
     return manifests
 
@@ -204,7 +225,8 @@ def _finish(plan: PackingPlan, tokenizer: TokenizerCard, seq_len: int, strategy:
     old = _manifest_of(plan.folder)
     if old is not None and replace(old, splits={}, report={}) == head:
         return old
-    splits, report = {}, {}
+    splits: dict[Split, tuple[PackedShard, ...]] = {}
+    report: dict[Split, dict[str, Any]] = {}
     for split, names in plan.shard_names.items():
         paths = [plan.folder / split / name for name in names]
         indices = [read_index(path) for path in paths]

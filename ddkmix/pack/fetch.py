@@ -63,7 +63,8 @@ def _check_promises(path: Path, shard: DocumentShard) -> None:
         size = path.stat().st_size
         if shard.size is not None and size != shard.size:
             raise DataError(
-                f"{shard} has {size} bytes and its list promises {shard.size}; copy it again or correct the list."
+                f"{shard} has {size} bytes and its list promises {shard.size}; copy it again or correct "
+                "the list."
             )
         for name, digest in (("sha256", shard.sha256), ("md5", shard.md5)):
             if digest is not None:

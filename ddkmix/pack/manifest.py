@@ -96,7 +96,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
             return
         write_atomically(path, text)
     except OSError as error:
-        raise DataError(f"{path} cannot be written ({error.strerror}); free space or move cache_dir.") from None
+        raise DataError(
+            f"{path} cannot be written ({error.strerror}); free space or move cache_dir."
+        ) from None
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:

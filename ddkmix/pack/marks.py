@@ -28,7 +28,8 @@ _SHA256, _MD5, _STATED, _DATASET = "sha256:", "md5:", "stated:", "dataset:"
 _MARKS_ARE_DIGESTS = ("s3", "gs", "hf")
 """Stores whose marks tell content; a web server's ETag may be a size and a time."""
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 Marks = Mapping[DocumentShard, str]
 
 
@@ -39,6 +40,11 @@ class Fetching:
     folder: Path
     """Temporary copies go to folders in it."""
     storage: Storage
+
+
+def fetching_of(cache_dir: Path, storage: Storage) -> Fetching:
+    """Temporary copies lie beside the shards that a run spools."""
+    return Fetching(folder=(storage.folder or cache_dir) / "incoming", storage=storage)
 
 
 def with_parts(domains: Sequence[Domain]) -> tuple[Domain, ...]:
@@ -143,6 +149,18 @@ def _check_distinct(shards: Sequence[DocumentShard], marks: Marks) -> None:
         other = seen.setdefault(marks[shard], shard)
         if other is not shard:
             raise DataError(
-                f"{shard} has the same content as {other}; a shard belongs to one split of one domain. Remove "
-                "one of them from its card."
+                f"{shard} has the same content as {other}; a shard belongs to one split of one domain. "
+                "Remove one of them from its card."
             )
+
+
+def check_remote_shards(domains: Sequence[Domain], fetching: Fetching) -> None:
+    """Ask the stores for every remote shard, without reading any.
+
+    Raises:
+        DataError: a shard is empty, or a data set does not exist.
+        StorageError: a shard does not exist, or a store cannot be asked.
+    """
+    whole = with_parts(domains)
+    remote = [shard for domain in whole for _, shard in domain.shards() if shard.remote]
+    _in_threads(lambda shard: _stated(shard, fetching.storage), remote, _REQUESTS)

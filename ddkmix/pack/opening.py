@@ -4,14 +4,12 @@ Of a remote folder rows.json is read at every start (a folder may be packed anew
 copied to `<cache_dir>/remote/<fingerprint>/` once and verified; the rows stay where they are.
 """
 
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ddkmix.config import Storage
-from ddkmix.domains import SPLITS, Split
+from ddkmix.domains import SPLITS
 from ddkmix.errors import DataError
 from ddkmix.fingerprint import hash_file, hash_json
 from ddkmix.index import DomainRows, ShardIndex, index_path, read_index, read_sidecar
@@ -30,8 +28,10 @@ class PackedDomain:
 
     train: DomainRows
     held_out: DomainRows
-    report: Mapping[Split, Mapping[str, Any]] = field(default_factory=dict)
-    """Per split what packing kept and dropped; as in rows.json."""
+    location: str = ""
+    """Path or URL of their folder."""
+    manifest: Manifest | None = None
+    """Its rows.json."""
 
 
 def read_manifest(location: str, *, cache_dir: Path, storage: Storage) -> Manifest:
@@ -103,7 +103,9 @@ def open_packed(
             raise DataError(
                 f"domain {domain or manifest.domain!r}: its {split} shards hold no text; add documents."
             )
-    return PackedDomain(train=splits["train"], held_out=splits["held_out"], report=manifest.report)
+    return PackedDomain(
+        train=splits["train"], held_out=splits["held_out"], location=location, manifest=manifest
+    )
 
 
 def check_rows(manifest: Manifest, tokenizer: TokenizerCard, seq_len: int, where: str) -> None:
@@ -139,8 +141,8 @@ def _local_index(folder: Path, shard: PackedShard) -> ShardIndex:
     index = read_index(folder / shard.path)
     if index.sha256 != shard.sha256:
         raise DataError(
-            f"{folder / shard.path} is not the shard that {folder / MANIFEST} lists; delete the folder to pack "
-            "again, or copy it again."
+            f"{folder / shard.path} is not the shard that {folder / MANIFEST} lists; delete the folder to "
+            "pack again, or copy it again."
         )
     return index
 
@@ -151,12 +153,12 @@ def _remote_indices(
     def fetch(shard: PackedShard) -> ShardIndex:
         sidecar = index_path(folder / shard.path)
         if not (sidecar.is_file() and hash_file(sidecar) == shard.index_sha256):
-            download(
-                join(location, f"{shard.path}.index.npz"), sidecar, storage, sha256=shard.index_sha256
-            )
+            download(join(location, f"{shard.path}.index.npz"), sidecar, storage, sha256=shard.index_sha256)
         index = read_sidecar(sidecar, join(location, shard.path))
         if (index.size, index.sha256) != (shard.size, shard.sha256):
-            raise DataError(f"{shown(join(location, MANIFEST))} and the index of {shard.name} disagree; pack again.")
+            raise DataError(
+                f"{shown(join(location, MANIFEST))} and the index of {shard.name} disagree; pack again."
+            )
         return index
 
     with ThreadPoolExecutor(_REQUESTS) as pool:

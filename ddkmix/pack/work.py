@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from ddkmix.domains import SPLITS, Domain
+from ddkmix.domains import SPLITS, Domain, Split
 from ddkmix.errors import ConfigError, DataError
 from ddkmix.fingerprint import hash_json, remove_abandoned
 from ddkmix.pack.digests import read_digests
@@ -64,9 +64,9 @@ class PackingPlan:
     jobs: tuple[ShardJob, ...]
 
     @property
-    def shard_names(self) -> dict[str, list[str]]:
+    def shard_names(self) -> dict[Split, list[str]]:
         """The row shards of each split, in the card's order."""
-        names: dict[str, list[str]] = {split: [] for split in SPLITS}
+        names: dict[Split, list[str]] = {split: [] for split in SPLITS}
         for job in self.jobs:
             for split, rows in job.outputs.items():
                 names[split].append(rows.name)
@@ -191,7 +191,7 @@ class _Workers:
                 future.result()
             except BrokenProcessPool:
                 raise DataError(
-                    "a packing process ended; often it ran out of memory: use fewer pack.processes or smaller "
-                    "shards, then pack again to go on."
+                    "a packing process ended; often it ran out of memory: use fewer pack.processes or "
+                    "smaller shards, then pack again to go on."
                 ) from None
             yield
