@@ -49,21 +49,21 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _kind_of_entry(value: Any) -> str:
-    return "dataset" if isinstance(value, dict | DatasetEntry) else "location"
+    return "a dataset" if isinstance(value, dict | DatasetEntry) else "a location"
 
 
 def _kind_of_held_out(value: Any) -> str:
     chosen = isinstance(value, HeldOutShare) or (isinstance(value, dict) and "dataset" not in value)
-    return "share" if chosen else "entries"
+    return "a share" if chosen else "a entries"
 
 
-_TAGS = ("dataset", "location", "share", "entries")
 Entry = Annotated[
-    Annotated[str, Tag("location")] | Annotated[DatasetEntry, Tag("dataset")], Discriminator(_kind_of_entry)
+    Annotated[str, Tag("a location")] | Annotated[DatasetEntry, Tag("a dataset")],
+    Discriminator(_kind_of_entry),
 ]
 Entries = Annotated[tuple[Entry, ...], BeforeValidator(_as_tuple)]
 HeldOut = Annotated[
-    Annotated[HeldOutShare, Tag("share")] | Annotated[Entries, Tag("entries")],
+    Annotated[HeldOutShare, Tag("a share")] | Annotated[Entries, Tag("a entries")],
     Discriminator(_kind_of_held_out),
 ]
 
@@ -107,17 +107,17 @@ def read_card(path: Path) -> Card:
 
 
 def _explain(error: ValidationError, path: Path) -> str:
-    first = error.errors()[0]
-    parts = [part for part in first["loc"] if part not in _TAGS or part == first["loc"][0]]
-    if len(parts) == 2 and parts[0] in ("train", "held_out"):
-        parts = [part for part in parts if not isinstance(part, int)]
-    key = ".".join(str(part) for part in parts)
+    errors = error.errors()
+    # a misspelt key before what is missing because of it
+    first = next((entry for entry in errors if entry["type"] == "extra_forbidden"), errors[0])
+    # without the tags of unions ("a dataset"), and without the index of an only entry
+    tags = {part for part in first["loc"] if isinstance(part, str) and part.startswith("a ")}
+    key = ".".join(str(part) for part in first["loc"] if part not in tags and part != 0)
     if first["type"] == "extra_forbidden":
-        fields: Any = Card.model_fields
-        if len(parts) > 1:
-            fields = {"sources": Source.model_fields}.get(str(parts[0]), DatasetEntry.model_fields)
-            fields = HeldOutShare.model_fields if "share" in first["loc"] else fields
-        return f"{path}: unknown key {key!r}; {did_you_mean(str(parts[-1]), fields)}"
+        section: type[Section] = Card
+        if len(first["loc"]) > 1:
+            section = DatasetEntry if "a dataset" in tags else HeldOutShare if "a share" in tags else Source
+        return f"{path}: unknown key {key!r}; {did_you_mean(str(first['loc'][-1]), section.model_fields)}"
     if first["type"] == "missing":
         return f"{path}: {key} is missing; {NEEDS}"
     return f"{path}: {key or 'card'} = {first['input']!r}; {first['msg']}."
