@@ -172,6 +172,29 @@ def show(
     print(render_history(run_dir, style))  # type: ignore[arg-type]  # checked above
 
 
+@app.command()
+def seen(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory.", show_default=False)],
+    step: Annotated[
+        str, typer.Option(help="Optimizer step, counted from 1 as in metrics.jsonl; 10:20 for several.")
+    ],
+    domain: Annotated[str | None, typer.Option(help="Only the rows of this domain.")] = None,
+    style: Annotated[str, typer.Option("--format", help="table, json, markdown or text.")] = "table",
+    chars: Annotated[
+        int | None,
+        typer.Option(min=0, help="Characters of text per row: 80 in tables, all elsewhere; 0 for no text."),
+    ] = None,
+) -> None:
+    """Show the rows that a past step was served: name, place, epoch and text."""
+    from ddkmix.report.seen import parse_steps, render_seen
+
+    _check_format(style, "table", "json", "markdown", "text")
+    report = render_seen(run_dir, parse_steps(step), style, domain=domain, chars=chars)  # type: ignore[arg-type]
+    print(report.text)
+    for note in report.notes:
+        print(f"ddkmix: {note}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; exit code 0, 2 for a user's mistake, 130 after an interruption."""
     try:
@@ -205,9 +228,10 @@ def _load(config: Path, overrides: Sequence[str] | None) -> Any:
     return load_config(config, overrides or [])
 
 
-def _check_format(style: str) -> None:
-    if style not in ("table", "json", "markdown"):
-        raise ConfigError(f"--format {style}: must be table, json or markdown.")
+def _check_format(style: str, *known: str) -> None:
+    known = known or ("table", "json", "markdown")
+    if style not in known:
+        raise ConfigError(f"--format {style}: must be {', '.join(known[:-1])} or {known[-1]}.")
 
 
 def _gaps_config(

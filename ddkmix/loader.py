@@ -88,7 +88,7 @@ class DomainMixture:
             ConfigError: batch_rows does not divide by world_size, or another argument is wrong.
             DataError: the domains have no rows or rows of different length.
         """
-        _check_arguments(batch_rows, rank, world_size, num_workers, prefetch_steps)
+        _check_arguments(batch_rows, rank, world_size)
         self._rank, self._world_size = rank, world_size
         self.stream = describe_stream(
             list(rows.values()),
@@ -106,7 +106,11 @@ class DomainMixture:
             vector = simplex_vector(weights, self.domains, where="mixture weights")
         self._plans = PlanQueue(self.settings, initial_state(self.settings, vector), self.stream.tokens_of)
         self._reader = ReadAhead(
-            self.stream, self._tasks, num_workers=num_workers, prefetch_steps=prefetch_steps
+            self.stream,
+            self._tasks,
+            batch_rows=batch_rows // world_size,
+            num_workers=num_workers,
+            prefetch_steps=prefetch_steps,
         )
         self.last_plan: StepPlan | None = None
         """The plan of the last batch, of all ranks."""
@@ -137,7 +141,7 @@ class DomainMixture:
             cache_dir: where packed rows are kept.
             separator: token between documents; the tokenizer's end-of-sequence token when None.
             processes: packing processes.
-            options: any other argument of the constructor.
+            options: other arguments of the constructor.
         """
         packed = pack_domains(
             load_domains([cards] if isinstance(cards, str) else cards),
@@ -244,8 +248,7 @@ class DomainMixture:
 
     def row_names(self, plan: StepPlan) -> list[str]:
         """The names of a plan's rows (`code/train-000003.tar#17`), all ranks, in slot order."""
-        pairs = zip(plan.domain_ids.tolist(), plan.row_numbers.tolist(), strict=True)
-        return [self.stream.row_name(domain, j) for domain, j in pairs]
+        return self.stream.row_names(plan)
 
     def close(self) -> None:
         """Stop the workers and close the files; iterating again starts them anew."""
@@ -257,8 +260,7 @@ class DomainMixture:
 
     def __next__(self) -> dict[str, Any]:
         batch = self._receive()
-        if batch is None:
-            # either nothing is left, or the plan ran dry under weights that have since changed
+        if batch is None:  # nothing is left, or the plan ran dry under weights that have since changed
             if self._plans.is_exhausted():
                 raise StopIteration
             batch = self._receive()
@@ -305,16 +307,9 @@ class DomainMixture:
         return deal(plan, self._rank, self._world_size)
 
 
-def _check_arguments(
-    batch_rows: int, rank: int, world_size: int, num_workers: int, prefetch_steps: int
-) -> None:
+def _check_arguments(batch_rows: int, rank: int, world_size: int) -> None:
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank = {rank} of {world_size} processes; ranks count from 0.")
-    if num_workers < 0 or prefetch_steps < 1:
-        raise ConfigError(
-            f"num_workers = {num_workers}, prefetch_steps = {prefetch_steps}; workers must be >= 0 and "
-            "each must read at least 1 step ahead."
-        )
     if batch_rows < 1 or batch_rows % world_size:
         raise ConfigError(
             f"batch_rows = {batch_rows} rows cannot be dealt evenly to {world_size} processes; use a "

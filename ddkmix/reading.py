@@ -5,7 +5,7 @@ it belongs to; when plans change, older tasks become stale: workers skip them an
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from multiprocessing import Value
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt
 
-from ddkmix.errors import DataError, RowError
+from ddkmix.errors import ConfigError, DataError, RowError
 from ddkmix.order import locate_rows
 from ddkmix.rows import OpenFiles, RowReader
 from ddkmix.stream import Stream
@@ -35,6 +35,8 @@ class Task:
     """Sorted."""
     row_numbers: Int[np.ndarray, " b"]
     """The j of each row."""
+    slot: int = 0
+    """Where in the ring a worker leaves the tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +57,10 @@ class RowBatch:
     """What a worker sends back: compact, because it crosses a process boundary."""
 
     version: int
-    tokens: Any
-    """(b, T) tensor of the stored type."""
+    slot: int
     num_tokens: Int[np.ndarray, " b"]
+    tokens: UInt[np.ndarray, "b T"] | None = None
+    """Of the stored type; None while they are in the ring."""
     substitutions: tuple[Substitution, ...] = ()
     error: str | None = None
 
@@ -66,11 +69,34 @@ def tensors_of(batch: RowBatch, domain_ids: Int[np.ndarray, " b"]) -> dict[str, 
     """What a loop receives: `input_ids` and `labels` (b, T) int64, `domain_ids` (b,) int64."""
     from torch import arange, from_numpy, int64
 
-    input_ids = batch.tokens.to(int64)
+    assert batch.tokens is not None
+    input_ids = from_numpy(batch.tokens).to(int64)
     labels, seq_len = input_ids.clone(), input_ids.shape[1]
     if batch.num_tokens.min(initial=seq_len) < seq_len:
         labels.masked_fill_(arange(seq_len) >= from_numpy(batch.num_tokens)[:, None], IGNORE)
     return {"input_ids": input_ids, "labels": labels, "domain_ids": from_numpy(domain_ids)}
+
+
+class _Ring:
+    """Shared memory that workers write tokens into, a slot for every task that can be under way.
+
+    A tensor that a worker sends costs about a millisecond of shared memory and sockets, whatever its size; a
+    slot costs nothing, and the loop copies it anyway when it widens the tokens.
+    """
+
+    def __init__(self, slots: int, shape: tuple[int, int], dtype: str) -> None:
+        from torch import empty, uint8
+
+        self._shape, self._dtype = shape, np.dtype(dtype)
+        self._size = shape[0] * shape[1] * self._dtype.itemsize
+        memory: Any = empty(slots * self._size, dtype=uint8)
+        self._memory = memory.share_memory_()
+
+    def slot(self, i: int) -> UInt[np.ndarray, "b T"]:
+        """A view of one slot."""
+        part = self._memory[i * self._size : (i + 1) * self._size]
+        tokens: UInt[np.ndarray, "b T"] = part.numpy().view(self._dtype).reshape(self._shape)
+        return tokens
 
 
 class ReadAhead:
@@ -81,14 +107,34 @@ class ReadAhead:
         stream: Stream,
         tasks: Callable[[], Iterator[Task]],
         *,
+        batch_rows: int,
         num_workers: int,
         prefetch_steps: int,
     ) -> None:
-        """`tasks` is called when reading starts; its iterator is advanced whenever there is room ahead."""
-        self._stream, self._tasks = stream, tasks
+        """Read nothing yet.
+
+        Args:
+            stream: what the rows are of.
+            tasks: called when reading starts; its iterator is advanced whenever there is room ahead.
+            batch_rows: rows of each task.
+            num_workers: reader processes; 0 reads in this one.
+            prefetch_steps: tasks that each of them has under way.
+
+        Raises:
+            ConfigError: one of the last two is out of range.
+        """
+        if num_workers < 0 or prefetch_steps < 1:
+            raise ConfigError(
+                f"num_workers = {num_workers}, prefetch_steps = {prefetch_steps}; workers must be >= 0 and "
+                "each must read at least 1 step ahead."
+            )
+        self._stream, self._tasks, self._batch_rows = stream, tasks, batch_rows
         self._num_workers, self._prefetch_steps = num_workers, prefetch_steps
         self._version = Value("q", 0, lock=False)
         self._batches: Iterator[RowBatch] | None = None
+        self._ring: _Ring | None = None
+        self._free: list[int] = []
+        """Slots of the ring that no task holds."""
 
     @property
     def version(self) -> int:
@@ -131,22 +177,36 @@ class ReadAhead:
     def _next(self) -> RowBatch | None:
         if self._batches is None:
             self._batches = self._start()
-        return next((item for item in self._batches if item.version == self.version), None)
+        for item in self._batches:
+            self._free.append(item.slot)  # taken again at the earliest when the loop comes back
+            if item.version == self.version:
+                return item if self._ring is None else replace(item, tokens=self._ring.slot(item.slot))
+        return None
 
     def _start(self) -> Iterator[RowBatch]:
         from torch import Generator
         from torch.utils.data import DataLoader
 
+        under_way = self._num_workers * self._prefetch_steps
+        self._free = list(range(under_way + 1))  # and the one that the loop is looking at
+        self._ring = None
+        if self._num_workers:
+            shape = (self._batch_rows, self._stream.rows[0].seq_len)
+            self._ring = _Ring(len(self._free), shape, self._stream.dtype)
         loader: DataLoader[RowBatch] = DataLoader(
-            _Rows(self._stream, self._version),  # type: ignore[arg-type]  # it has no length
+            _Rows(self._stream, self._version, self._ring),  # type: ignore[arg-type]  # it has no length
             batch_size=None,
-            sampler=_Iterable(self._tasks),
+            sampler=_Iterable(self._placed_tasks),
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch_steps if self._num_workers else None,
             collate_fn=_as_it_is,  # the default one walks through every value
             generator=Generator(),  # its own, or starting workers would move the run's random state
         )
         return iter(loader)
+
+    def _placed_tasks(self) -> Iterator[Task]:
+        for task in self._tasks():
+            yield replace(task, slot=self._free.pop(0))
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -156,25 +216,25 @@ def _as_it_is(batch: Any) -> Any:
 class _Rows:
     """A map-style dataset whose keys are tasks; the only code that runs in workers."""
 
-    def __init__(self, stream: Stream, version: Any) -> None:
+    def __init__(self, stream: Stream, version: Any, ring: _Ring | None) -> None:
         files = OpenFiles()
         self._readers = [RowReader(domain, files) for domain in stream.rows]
         self._orders, self._version = stream.orders, version
-        self._dtype = max(
-            (domain.dtype for domain in stream.rows), key=lambda dtype: np.dtype(dtype).itemsize
-        )
+        self._ring, self._dtype = ring, stream.dtype
 
     def __getitem__(self, task: Task) -> RowBatch:
-        from torch import empty, from_numpy
-
         if task.version < self._version.value:
-            return RowBatch(task.version, empty(0), task.row_numbers)  # reading it would be wasted
-        tokens = np.empty((len(task.row_numbers), self._readers[0].rows.seq_len), dtype=self._dtype)
+            return RowBatch(task.version, task.slot, task.row_numbers)  # reading it would be wasted
+        if self._ring is None:
+            tokens = np.empty((len(task.row_numbers), self._readers[0].rows.seq_len), dtype=self._dtype)
+        else:
+            tokens = self._ring.slot(task.slot)
         try:
             num_tokens, substitutions = self._read(task, tokens)
         except DataError as error:  # as a value, or the worker's traceback would bury the message
-            return RowBatch(task.version, empty(0), task.row_numbers, error=str(error))
-        return RowBatch(task.version, from_numpy(tokens), num_tokens, substitutions)
+            return RowBatch(task.version, task.slot, task.row_numbers, error=str(error))
+        sent = tokens if self._ring is None else None
+        return RowBatch(task.version, task.slot, num_tokens, sent, substitutions)
 
     def _read(
         self, task: Task, tokens: UInt[np.ndarray, "b T"]

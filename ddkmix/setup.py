@@ -18,6 +18,7 @@ from ddkmix.pack import PackedDomain
 from ddkmix.policies import WeightPolicy
 from ddkmix.preflight import Prepared, check
 from ddkmix.prepare import open_mixture, open_rows
+from ddkmix.provenance import DataBlock, describe, record_data
 from ddkmix.teacher import LiveTeacher
 from ddkmix.tracking import progress_bar
 from ddkmix.trainer import Run, run_loop, stop_on_signal, token_nats
@@ -53,12 +54,16 @@ def train(
     if run.main:
         claim_run(config)
         start = run.mixture.state.step
+        block = _describe(run, prepared, packed)
+        record_data(config.run_dir, block)
+        run.row_sizes = block.row_sizes
         for name, first in (
             ("metrics.jsonl", start + 1),
             ("timings.jsonl", start + 1),
             ("intervals.jsonl", start),
         ):
             run.log(name).rewind(first)
+        run.last_interval = run.log("intervals.jsonl").last()
     accelerator.init_trackers(config.tracking.project)
     total = config.trainer.steps
     with progress_bar("train", total=total, shown=run.main) as bar, stop_on_signal(run):
@@ -158,6 +163,15 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
         teacher_sums=teacher_sums,
         evaluator=evaluator,
         window=LossWindow(terms, mixture.domains, accelerator.device),
+    )
+
+
+def _describe(run: Run, prepared: Prepared, packed: dict[str, PackedDomain]) -> DataBlock:
+    """The data of the steps to come."""
+    rows = {name: domain.train for name, domain in packed.items()}
+    state = run.mixture.state
+    return describe(
+        run.config, rows, run.mixture.settings, prepared.tokenizer, from_step=state.step, planner=state
     )
 
 

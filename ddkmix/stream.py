@@ -14,7 +14,7 @@ from ddkmix.errors import ConfigError, DataError
 from ddkmix.index import DomainRows
 from ddkmix.mixture_state import StreamIdentity
 from ddkmix.order import DomainOrder, locate
-from ddkmix.planner import OnCap, PlanSettings, TokensOf
+from ddkmix.planner import OnCap, PlanSettings, StepPlan, TokensOf
 
 Count = Literal["rows", "tokens"]
 """What a mixture weight is a share of."""
@@ -37,6 +37,11 @@ class Stream:
         return self._row_tokens if self.count == "tokens" else None
 
     @property
+    def dtype(self) -> str:
+        """numpy type that holds the tokens of every domain."""
+        return max((domain.dtype for domain in self.rows), key=lambda dtype: np.dtype(dtype).itemsize)
+
+    @property
     def natural_weights(self) -> Float[np.ndarray, " N"]:
         """Proportional to the cards' priors where all have one, else to the rows available."""
         priors = [domain.prior for domain in self.rows]
@@ -49,9 +54,10 @@ class Stream:
         shard, row = locate(self.orders[domain], j)
         return int(self.rows[domain].shards[shard].num_tokens[row])
 
-    def row_name(self, domain: int, j: int) -> str:
-        """The name of a domain's j-th row: `code/train-000003.tar#17`."""
-        return self.rows[domain].name_of(*locate(self.orders[domain], j))
+    def row_names(self, plan: StepPlan) -> list[str]:
+        """The names of a plan's rows (`code/train-000003.tar#17`), all ranks, in slot order."""
+        pairs = zip(plan.domain_ids.tolist(), plan.row_numbers.tolist(), strict=True)
+        return [self.rows[domain].name_of(*locate(self.orders[domain], j)) for domain, j in pairs]
 
 
 def describe_stream(

@@ -38,9 +38,9 @@ _OUR_MISTAKES = (
     TypeError,
 )
 _PASSING_ERRNOS = {
-    errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ETIMEDOUT, errno.EHOSTUNREACH,
-    errno.ENETUNREACH, errno.ENETDOWN, errno.EBUSY, errno.EAGAIN, errno.EIO, getattr(errno, "EREMOTEIO", errno.EIO),
-    errno.ESTALE,
+    errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ETIMEDOUT, errno.ESTALE,
+    errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EBUSY, errno.EAGAIN, errno.EIO,
+    getattr(errno, "EREMOTEIO", errno.EIO),
 }  # fmt: skip
 _PASSING_NAMES = re.compile(
     r"Timeout|Connection|Connector|Disconnected|Payload|Incomplete|ClientOSError|ProxyError|ReadError"
@@ -146,7 +146,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status in an exception of aiohttp (`status`), gcsfs (`code`), botocore and httpx (`response`)."""
+    """The HTTP status in an exception of aiohttp (`status`), gcsfs (`code`), botocore, httpx (`response`)."""
     response: Any = getattr(error, "response", None)
     if isinstance(response, dict):
         candidates = [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]

@@ -112,10 +112,13 @@ def check_location(location: str, settings: Storage, where: str) -> None:
             or a `pipe:` command without the opt-in.
     """
     scheme = scheme_of(location)
-    if scheme == "":
-        return
     if scheme == "pipe":
-        return _check_pipe(location, settings, where)
+        _check_pipe(location, settings, where)
+    elif scheme:
+        _check_url(scheme, location, where)
+
+
+def _check_url(scheme: str, location: str, where: str) -> None:
     if scheme not in _MODULES:
         raise DataError(
             f"{where}: {shown(location)} has the unknown scheme {scheme!r}; "
@@ -127,7 +130,8 @@ def check_location(location: str, settings: Storage, where: str) -> None:
             f"{where}: {shown(location)} needs the package {module}, which is not installed; "
             f"pip install '{package}'."
         )
-    if file_name(location) in ("", ".", "..") or store_of(location).endswith("://") and scheme != "file":
+    path = _without_query(scheme, location)[0].split("://", 1)[1].partition("/")[2]
+    if path.rsplit("/", 1)[-1] in ("", ".", ".."):
         raise DataError(f"{where}: {shown(location)} names no file; give the URL of one shard.")
 
 

@@ -1,4 +1,4 @@
-"""Asking stores: what a file is, some of its bytes, all of it. Every answer is checked, every failure retried.
+"""Asking stores: what a file is, some of its bytes, all of it. Answers are checked, failures retried.
 
 Nothing that a network can do passes for data: an answer of another length, of another range, cut short, or of
 a file that changed meanwhile is a failure of the store and raises `StorageError`.
@@ -15,7 +15,7 @@ from ddkmix.errors import StorageError
 from ddkmix.fingerprint import replacing
 from ddkmix.storage.connections import file_system, run
 from ddkmix.storage.faults import BACKOFF_S, Fault, Missing, fault_of, local_error, with_retries
-from ddkmix.storage.location import check_location, scheme_of, shown, store_of
+from ddkmix.storage.location import check_location, scheme_of, shown
 from ddkmix.storage.streams import Partial, cat_ranges, describe, receive
 
 Range = tuple[str, int, int]
@@ -29,7 +29,7 @@ class Stat:
     size: int | None
     """Bytes; None where it does not say (a command, some web servers)."""
     mark: str | None
-    """Changes when the content does (a digest, a strong ETag); None where the store has nothing of the kind."""
+    """Changes when the content does (a digest, a strong ETag); None where the store has no such thing."""
     ranges: bool
     """Whether parts of the file can be read; tried, not taken from a header."""
 
@@ -208,7 +208,7 @@ def _arrived(partial: Partial, size: int | None, sha256: str | None) -> Download
         raise Fault(f"its SHA-256 is {found} instead of {sha256}", again=True, hint="was the file changed?")
     if size is None and sha256 is None and not partial.end_is_marked:
         raise Fault(
-            "the server does not say how long the file is, so a cut transfer could not be told from a whole one",
+            "the server does not say how long the file is; a cut transfer could not be told from a whole one",
             again=False,
             hint="use a server that sends Content-Length",
         )

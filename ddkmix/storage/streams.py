@@ -1,8 +1,8 @@
 """One try of a download: the bytes of a whole file, appended to what earlier tries received.
 
-Three kinds of source: a web server (one stream, resumed with a ranged read), a store with ranged reads (parts,
-several at once), and the output of a command. A try goes on where the last one broke off only if the file is
-provably the same one: its digest is known beforehand, or the store states a strong mark for it.
+Three kinds of source: a web server (one stream, resumed with a ranged read), a store with ranged reads
+(parts, several at once), and the output of a command. A try goes on where the last one broke off only if the
+file is provably the same: its digest is known beforehand, or the store states a strong mark for it.
 """
 
 import hashlib

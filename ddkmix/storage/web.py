@@ -30,6 +30,8 @@ _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
 class Web(HTTPFileSystem):
     """http and https. Proxies and .netrc are taken from the environment."""
 
+    cachable = False  # `connections` keeps them, one per process
+
     def __init__(self, timeout_s: float, **kwargs: Any) -> None:
         limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
         client = {
@@ -66,9 +68,9 @@ class Web(HTTPFileSystem):
             Fault: a status of 400 or more (but 416), or content that is compressed on the way.
         """
         session = await self.set_session()
-        response = await session.get(
-            self.encode_url(url), **self.kwargs, headers={"Accept-Encoding": "identity", **headers}
-        )
+        options = dict(self.kwargs)
+        headers = {"Accept-Encoding": "identity", **options.pop("headers", {}), **headers}
+        response = await session.get(self.encode_url(url), headers=headers, **options)
         try:
             if response.status >= 400 and response.status != 416:
                 raise status_fault(response.status, response.headers.get("Retry-After"))
@@ -91,7 +93,7 @@ class Web(HTTPFileSystem):
             if response.status == 416:
                 raise status_fault(416)
             if response.status == 206 and (first, last) == (0, 0):
-                return total, strong_mark(response), len(await response.read()) == 1
+                return total, strong_mark(response), len(await response.content.read(2)) == 1
             return response.content_length, strong_mark(response), False
         finally:
             response.close()
@@ -104,6 +106,8 @@ class Web(HTTPFileSystem):
         response = await self.answer(url, {"Range": f"bytes={start}-{end - 1}"})
         try:
             check_range(response, start, end - 1)
+            if response.content_length not in (None, end - start):
+                raise Fault(f"{response.content_length} bytes of {end - start} are to come", again=True)
             return await response.read()
         finally:
             response.release()
@@ -134,13 +138,15 @@ def _begin(response: aiohttp.ClientResponse, partial: "Partial", asked: bool) ->
     """Decide from the head of an answer where its bytes go."""
     if asked and response.status == 206:
         check_range(response, partial.received, None)
-        total = content_range(response)[2]
-        mark = strong_mark(response)
-        if total == partial.total and (mark == partial.mark or not partial.mark):
+        total, mark = content_range(response)[2], strong_mark(response)
+        if partial.total in (None, total) and partial.mark in (None, mark):
+            partial.total = total
             return
         partial.restart()
         raise Fault("the file changed while it was read", again=True)
     partial.restart()
+    if asked and response.status == 416:
+        raise Fault("the transfer could not go on where it broke off", again=True)
     if response.status != 200:
         raise (
             status_fault(response.status)

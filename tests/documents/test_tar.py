@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddkmix.documents import tar as documents
 from ddkmix.documents import digest, read_documents
+from ddkmix.documents import tar as documents
 from ddkmix.errors import DataError
 from tests.conftest import write_shard
 
