@@ -181,7 +181,7 @@ def _explaining(split: HubSplit) -> Iterator[None]:
     """
     try:
         yield
-    except DdkmixError:
+    except (DdkmixError, AssertionError, MemoryError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
