@@ -168,6 +168,8 @@ def _open_saved(split: HubSplit, folder: Path) -> Any:
         saved = saved[split.split]
     elif saved.split is not None and str(saved.split) != split.split:
         raise DataError(f"{split}: no such split; {folder} is {saved.split}.")
+    if not len(saved):
+        raise DataError(f"{split}: it has no rows; save the dataset again.")
     parts = max(min(len(saved.cache_files), len(saved)), 1)
     return saved.with_format(None).to_iterable_dataset(num_shards=parts)
 

@@ -80,7 +80,7 @@ def read_tar(path: Path, text_field: str, *, name: str, compression: str | None 
 
 
 def read_document(
-    path: Path, offsets: Int[np.ndarray, " n+1"], i: int, text_field: str, *, name: str | None = None
+    path: Path, offsets: Int[np.ndarray, " N_plus_1"], i: int, text_field: str, *, name: str | None = None
 ) -> str:
     """One document of a plain tar, found by its index (`read_tar_idx`) and read alone.
 

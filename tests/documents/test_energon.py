@@ -19,7 +19,7 @@ TEXTS = ["first document", "the second, héllo 😀 中文", "third"]
 
 
 def write_index(tar: Path) -> Path:
-    """What Energon's `prepare` (7.4.1) writes: the first header of each sample, then the end of the members."""
+    """What `energon prepare` (7.4.1) writes: the first header of each sample, then the end of the members."""
     offsets, last = [], None
     with tarfile.open(tar, "r:") as file:
         for member in file:
@@ -176,7 +176,7 @@ def test_without_the_check_a_stale_index_would_pass(shard: Path, monkeypatch: py
         ("has offsets that are not rising multiples of 512", struct.pack("<QQQ", 0, 1024, 1024)),
         ("has offsets that are not rising multiples of 512", struct.pack("<QQ", 1024, 0)),
         ("has offsets that are not rising multiples of 512", struct.pack("<QQ", 0, (1 << 64) - 512)),
-        ("has offsets that are not rising multiples of 512", struct.pack(">QQ", 0, 512)),
+        ("is stale: it ends at byte 562949953421312, ", struct.pack(">QQ", 0, 512)),
     ],
 )
 def test_a_damaged_index_is_refused(shard: Path, expected: str, data: bytes) -> None:
