@@ -11,7 +11,7 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ddkmix.errors import DataError
 
@@ -23,7 +23,7 @@ _LARGEST_ZSTD_WINDOW = 1 << 31
 """`zstd --ultra --long=31`; only a file that was written so needs the memory."""
 
 
-def open_bytes(path: Path, name: str, compression: str | None) -> BinaryIO:
+def open_bytes(path: Path, name: str, compression: str | None) -> io.BufferedReader:
     """Open a file; what is read is its content, decompressed when `compression` names a format.
 
     Reading raises DataError when the compressed stream is cut, damaged, or followed by something else.
@@ -42,7 +42,7 @@ def suffix_of_content(data: bytes) -> str | None:
 class _Chunked(io.RawIOBase):
     """A readable stream out of chunks of any size."""
 
-    def __init__(self, chunks: Iterator[bytes], source: BinaryIO) -> None:
+    def __init__(self, chunks: Iterator[bytes], source: io.BufferedReader) -> None:
         self._chunks = chunks
         self._source = source
         self._rest = memoryview(b"")
@@ -66,7 +66,7 @@ class _Chunked(io.RawIOBase):
         super().close()
 
 
-def _decompress(file: BinaryIO, name: str, compression: str) -> Iterator[bytes]:
+def _decompress(file: io.BufferedReader, name: str, compression: str) -> Iterator[bytes]:
     new_decoder, damage = _decoder(compression)
     decoder = new_decoder()
     while data := file.read(_READ_BYTES):

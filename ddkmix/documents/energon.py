@@ -16,7 +16,7 @@ _BLOCK_BYTES = 512
 _END_MARK_BYTES = 2 * _BLOCK_BYTES
 
 
-def read_tar_idx(path: Path) -> Int[np.ndarray, " n+1"]:
+def read_tar_idx(path: Path) -> Int[np.ndarray, " N_plus_1"]:
     """Byte offset of each sample's first header, and of the end of the last sample.
 
     Raises:
@@ -39,7 +39,7 @@ class IndexCheck:
         DataError: from every method, when the two differ.
     """
 
-    def __init__(self, index: Path, offsets: Int[np.ndarray, " n+1"], name: str) -> None:
+    def __init__(self, index: Path, offsets: Int[np.ndarray, " N_plus_1"], name: str) -> None:
         self._index = index
         self._offsets = offsets
         self._name = name

@@ -168,6 +168,8 @@ def _open_saved(split: HubSplit, folder: Path) -> Any:
         saved = saved[split.split]
     elif saved.split is not None and str(saved.split) != split.split:
         raise DataError(f"{split}: no such split; {folder} is {saved.split}.")
+    if not len(saved):
+        raise DataError(f"{split}: it has no rows; save the dataset again.")
     parts = max(min(len(saved.cache_files), len(saved)), 1)
     return saved.with_format(None).to_iterable_dataset(num_shards=parts)
 
@@ -181,7 +183,7 @@ def _explaining(split: HubSplit) -> Iterator[None]:
     """
     try:
         yield
-    except DdkmixError:
+    except (DdkmixError, AssertionError, MemoryError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -16,7 +16,7 @@ _READ_BYTES = 1 << 20
 def read_parquet(path: Path, text_field: str, *, name: str) -> Iterator[str]:
     """The documents in one column of a Parquet file; null is "".
 
-    Only that column is read, and of it a few megabytes at a time.
+    Only that column is read, and of it a few megabytes (or one page) at a time.
 
     Raises:
         DataError: the file is cut or damaged, the column is missing or holds no strings, or a document is
@@ -39,6 +39,8 @@ def read_parquet(path: Path, text_field: str, *, name: str) -> Iterator[str]:
                     rows += batch.num_rows
                 expected = file.metadata.num_rows
         except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno:  # the disk's, not Arrow's
+                raise
             reason = " ".join(str(error).split())
             raise DataError(
                 f"{name} is not a whole Parquet file ({reason}); copy or write it again."

@@ -11,16 +11,16 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BufferedReader
 from itertools import groupby, takewhile
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Int
 
 from ddkmix.documents.compression import open_bytes
 from ddkmix.documents.energon import IndexCheck, index_beside
-from ddkmix.documents.text import column_of, text_of_bytes, text_of_json
+from ddkmix.documents.text import column_of, shown, text_of_bytes, text_of_json
 from ddkmix.errors import DataError
 
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
@@ -80,7 +80,7 @@ def read_tar(path: Path, text_field: str, *, name: str, compression: str | None 
 
 
 def read_document(
-    path: Path, offsets: Int[np.ndarray, " n+1"], i: int, text_field: str, *, name: str | None = None
+    path: Path, offsets: Int[np.ndarray, " N_plus_1"], i: int, text_field: str, *, name: str | None = None
 ) -> str:
     """One document of a plain tar, found by its index (`read_tar_idx`) and read alone.
 
@@ -124,7 +124,7 @@ def _texts(
             if part.extension == wanted:
                 if text is not None:
                     raise DataError(
-                        f"{name}: sample {_shown(sample)} has two .{wanted} members; which one is the "
+                        f"{name}: sample {shown(sample)} has two .{wanted} members; which one is the "
                         "document? Write the shard with one."
                     )
                 text = _text(tar, part.header, text_field, name)
@@ -134,8 +134,8 @@ def _texts(
                 seen.add(part.extension)
         if text is None and almost:
             raise DataError(
-                f"{name}: member {_shown(almost.header.name)} is .{_shown(almost.extension)} of sample "
-                f"{_shown(sample)}, which has no .{wanted}: an extension begins at the first dot of the "
+                f"{name}: member {shown(almost.header.name)} is .{shown(almost.extension)} of sample "
+                f"{shown(sample)}, which has no .{wanted}: an extension begins at the first dot of the "
                 "name. Rename the members (dots to underscores)."
             )
         yield text or ""
@@ -158,14 +158,13 @@ def _members(tar: tarfile.TarFile, index: IndexCheck | None) -> Iterator[_Member
 
 
 def _text(tar: tarfile.TarFile, header: tarfile.TarInfo, text_field: str, name: str) -> str:
-    where = f"{name}: member {_shown(header.name)}"
+    where = f"{name}: member {shown(header.name)}"
     if not header.isreg():
         raise DataError(
             f"{where} is a link, which is not followed; write the shard with the file itself "
             "(tar --dereference --hard-dereference)."
         )
-    file = tar.extractfile(header)
-    data = file.read() if file else b""
+    data = _data(tar, header)
     if len(data) != header.size:
         raise DataError(f"{where} is cut short; copy the shard again.")
     if text_field.startswith("json."):
@@ -173,13 +172,19 @@ def _text(tar: tarfile.TarFile, header: tarfile.TarInfo, text_field: str, name: 
     return text_of_bytes(data, where)
 
 
+def _data(tar: tarfile.TarFile, header: tarfile.TarInfo) -> bytes:
+    if header.issparse():
+        file = tar.extractfile(header)
+        return file.read() if file else b""
+    # tarfile's own file object costs more than the reading of a short document
+    source = tar.fileobj
+    assert source is not None
+    source.seek(header.offset_data)
+    return source.read(header.size)
+
+
 def _extension_of(text_field: str) -> str:
     return "json" if text_field.startswith("json.") else text_field
-
-
-def _shown(text: str) -> str:
-    """A name out of a tar as it may stand in a message of one line."""
-    return text if text.isprintable() else ascii(text)
 
 
 def _open_tar(source: "_Forward") -> tarfile.TarFile:
@@ -189,7 +194,7 @@ def _open_tar(source: "_Forward") -> tarfile.TarFile:
 class _Forward:
     """A stream that goes forward only, so that plain and compressed tars are read and checked in one way."""
 
-    def __init__(self, file: BinaryIO, seekable: bool, position: int = 0) -> None:
+    def __init__(self, file: BufferedReader, seekable: bool, position: int = 0) -> None:
         self._file = file
         self._seekable = seekable
         self._position = position
@@ -199,9 +204,16 @@ class _Forward:
 
     def read(self, size: int) -> bytes:
         """Up to `size` bytes; fewer only at the end."""
-        self.last = self._file.read(size)
-        self._position += len(self.last)
-        return self.last
+        if size <= _READ_BYTES:
+            self.last = self._file.read(size)
+            self._position += len(self.last)
+            return self.last
+        # in pieces, or a header that lies about its member's size takes all memory
+        pieces = []
+        while size > 0 and (piece := self.read(min(size, _READ_BYTES))):
+            pieces.append(piece)
+            size -= len(piece)
+        return b"".join(pieces)
 
     def tell(self) -> int:
         """Bytes before the next one."""

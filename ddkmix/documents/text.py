@@ -8,6 +8,15 @@ from ddkmix.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
 _MOST_FIELDS_NAMED = 20
+_JSON_NAMES = {
+    type(None): "null",
+    bool: "true or false",
+    int: "number",
+    float: "number",
+    str: "string",
+    list: "list",
+    dict: "object",
+}
 
 
 def digest(text: str) -> bytes:
@@ -40,8 +49,12 @@ def text_of_json(data: bytes, column: str, where: str) -> str:
     """
     try:
         tree = json.loads(text_of_bytes(data.removeprefix(_BOM), where))
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON ({error}); write one JSON object.") from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where} is not JSON ({error.msg} at character {error.pos}); write one JSON object."
+        ) from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{where} is not JSON that can be read ({error}).") from None
     except RecursionError:
         raise DataError(f"{where} is not JSON that can be read (nested too deep).") from None
     return checked_text(_look_up(tree, column, where), column, where)
@@ -56,7 +69,7 @@ def checked_text(value: Any, column: str, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{where}: {column!r} is a {type(value).__name__}; a document is a string.")
+        raise DataError(f"{where}: {column!r} is a JSON {_JSON_NAMES[type(value)]}; a document is a string.")
     try:
         # the encoder is far faster than a look at every character
         if not value.isascii():
@@ -70,18 +83,24 @@ def checked_text(value: Any, column: str, where: str) -> str:
 
 def missing_column(column: str, names: list[str], where: str) -> DataError:
     """The error for a field that is not there; it lists the fields that are."""
-    shown = ", ".join(names[:_MOST_FIELDS_NAMED]) + (", ..." if len(names) > _MOST_FIELDS_NAMED else "")
+    listed = ", ".join(shown(name) for name in names[:_MOST_FIELDS_NAMED])
+    more = ", ..." if len(names) > _MOST_FIELDS_NAMED else ""
     return DataError(
-        f"{where} has no field {column!r}, only {shown or 'nothing'}; set text_field in the card to the one "
-        "that holds the text."
+        f"{where} has no field {column!r}, only {listed or 'nothing'}{more}; set text_field in the card to "
+        "the one that holds the text."
     )
+
+
+def shown(name: str) -> str:
+    """A name out of somebody's file as it may stand in a message of one line."""
+    return name if name.isprintable() else ascii(name)
 
 
 def _look_up(tree: Any, column: str, where: str) -> Any:
     """A field by name, or by path (`a.b`); a name that has dots itself comes first."""
     if not isinstance(tree, dict):
         raise DataError(
-            f"{where} is a JSON {type(tree).__name__}; a document is an object with a field {column!r}."
+            f"{where} is a JSON {_JSON_NAMES[type(tree)]}; write an object with a field {column!r}."
         )
     value: Any = tree
     names = [column] if column in tree else column.split(".")

@@ -159,11 +159,15 @@ def _begin(response: aiohttp.ClientResponse, partial: "Partial", asked: bool) ->
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:
-    """About a mebibyte, or what there is at the end."""
+    """About a mebibyte, or what there is at the end; what came before a failure is not lost with it."""
     pieces, size = [], 0
-    while size < _PIECE and (piece := await response.content.read(_PIECE - size)):
-        pieces.append(piece)
-        size += len(piece)
+    try:
+        while size < _PIECE and (piece := await response.content.read(_PIECE - size)):
+            pieces.append(piece)
+            size += len(piece)
+    except Exception:
+        if not pieces:
+            raise
     return b"".join(pieces)
 
 
