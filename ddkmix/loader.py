@@ -51,7 +51,28 @@ class DomainMixture:
 
     Iterating gives dicts of tensors: `input_ids` (b, T) int64, `labels` (b, T) int64 (equal to input_ids,
     -100 where there is only padding; not shifted, as transformers expects) and `domain_ids` (b,) int64
-    into `domains`, with b = batch_rows / world_size. The stream ends when no domain may serve another row.
+    into `domains`, with b = batch_rows / world_size. The stream ends when no domain may serve another row. Nothing
+    is read before the first batch is asked for.
+
+    Args:
+        rows: packed train rows of each domain, all of one `seq_len`.
+        batch_rows: rows in the global batch of one optimizer step.
+        weights: mixture weights by domain, normalised here; proportional to rows when None.
+        seed: of the order of the rows.
+        rank: this process, from 0.
+        world_size: processes; must divide batch_rows.
+        num_workers: reader processes of this rank.
+        prefetch_steps: batches that each of them reads ahead.
+        max_epochs: passes allowed over any domain; a card's own limit wins where it is smaller.
+        on_cap: "renormalize", "stop" or "error" at that limit.
+        count: what a weight is a share of: rows, or tokens without padding.
+        block_rows: see `order`.
+        max_substitutes: damaged rows that other rows of their domain may stand in for.
+        storage: how remote shards are read; the defaults of a config when None.
+
+    Raises:
+        ConfigError: batch_rows does not divide by world_size, or another argument is wrong.
+        DataError: the domains have no rows or rows of different length.
     """
 
     def __init__(
@@ -72,28 +93,6 @@ class DomainMixture:
         max_substitutes: int = 100,
         storage: Storage | None = None,
     ) -> None:
-        """Set up the stream; nothing is read before it is iterated.
-
-        Args:
-            rows: packed train rows of each domain, all of one `seq_len`.
-            batch_rows: rows in the global batch of one optimizer step.
-            weights: mixture weights by domain, normalised here; proportional to rows when None.
-            seed: of the order of the rows.
-            rank: this process, from 0.
-            world_size: processes; must divide batch_rows.
-            num_workers: reader processes of this rank.
-            prefetch_steps: batches that each of them reads ahead.
-            max_epochs: passes allowed over any domain; a card's own limit wins where it is smaller.
-            on_cap: "renormalize", "stop" or "error" at that limit.
-            count: what a weight is a share of: rows, or tokens without padding.
-            block_rows: see `order`.
-            max_substitutes: damaged rows that other rows of their domain may stand in for.
-            storage: how remote shards are read; the defaults of a config when None.
-
-        Raises:
-            ConfigError: batch_rows does not divide by world_size, or another argument is wrong.
-            DataError: the domains have no rows or rows of different length.
-        """
         check_ranks(batch_rows, rank, world_size)
         self._rank, self._world_size = rank, world_size
         self.stream = describe_stream(
