@@ -114,8 +114,16 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint of run_dir.")
     ] = False,
+    allow_changes: Annotated[
+        bool,
+        typer.Option(
+            "--allow-changes", help="Resume with other domains, data, mixture, policy or batch_rows."
+        ),
+    ] = False,
 ) -> None:
     """Distil: measure the gaps, follow them with the mixture, save the student."""
+    if allow_changes and not resume:
+        raise ConfigError("--allow-changes is for --resume; a new run has nothing to differ from.")
     run = _load(config, overrides)
     _quiet_libraries()
     from ddkmix.setup import train as train_run
@@ -127,7 +135,7 @@ def train(
             _print_gaps(step, losses, weights)
         seen[step] = weights
 
-    losses = train_run(run, resume=resume, on_losses=note)
+    losses = train_run(run, resume=resume, allow_changes=allow_changes, on_losses=note)
     if seen:  # only the main rank is told
         step, weights = seen.popitem()
         _print_gaps(step, losses, weights)

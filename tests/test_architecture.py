@@ -73,6 +73,7 @@ LAYERS = {
     # the loop and what stands around it
     "checkpoint": 16,
     "tracking": 16,
+    "signals": 16,
     "preflight": 16,
     "replay": 17,
     "prepare": 17,
