@@ -74,8 +74,20 @@ def lint(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def plan(config: Config, overrides: Overrides = None) -> None:
-    """Show what a run will serve: rows, tokens and epochs per domain, and memory."""
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML config, or run directory.", show_default=False)],
+    overrides: Overrides = None,
+    style: FormatOption = "table",
+) -> None:
+    """Show what a run will serve, or where it is heading: rows, tokens and epochs per domain, limits."""
+    _check_format(style)
+    if config.is_dir():
+        from ddkmix.report.plan import render_run_plan
+
+        if overrides:
+            raise ConfigError(f"{overrides[0]}: {config} is a run directory; its config is fixed.")
+        print(render_run_plan(config, style))  # type: ignore[arg-type]  # checked above
+        return
     from ddkmix.loader import DomainMixture
     from ddkmix.pack import pack_domains
     from ddkmix.policies import next_state, weights_of
@@ -100,7 +112,7 @@ def plan(config: Config, overrides: Overrides = None) -> None:
     losses = dummy_losses(mixture.domains)
     first = next_state(prepared.policy, None, losses, mixture.natural_weights)
     mixture.set_weights(weights_of(first, losses))
-    print(render_plan(run, packed, mixture))
+    print(render_plan(run, packed, mixture, style))  # type: ignore[arg-type]  # checked above
 
 
 @app.command()
@@ -161,7 +173,7 @@ def show(
     run_dir: Annotated[Path, typer.Argument(help="Run directory.", show_default=False)],
     style: FormatOption = "table",
 ) -> None:
-    """Show a run's history: gaps, weights, rows served, epochs."""
+    """Show a run's history: gaps, weights, rows served, epochs so far and at the end."""
     from ddkmix.report.history import render_history
 
     _check_format(style)
