@@ -389,27 +389,20 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path) -> None:
 # --- substitutes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by_name", [True, False])
-def test_substitutes_are_shown_in_place(copy: Path, by_name: bool) -> None:
+@pytest.mark.parametrize("form", ["name", "shard's name", "shard's number"])
+def test_substitutes_are_shown_in_place(copy: Path, form: str) -> None:
     """The row that was really served, whose place it took, and why; the last attempt counts."""
     rows = records(copy, 5)
     damaged = rows[2]
     names = [shard.name for shard in Replay(copy).block(5).domains[0].shards]
     log = JsonLines(copy / "substitutions.jsonl")
     for attempt in (0, 1):
-        log.append(
-            {
-                "step": 5,
-                "domain": damaged["domain"],
-                "j": damaged["j"],
-                "attempt": attempt,
-                "shard": damaged["shard"],
-                "row": damaged["row"],
-                "substitute_shard": names[attempt] if by_name else attempt,
-                "substitute_row": 3 + attempt,
-                "reason": "checksum",
-            }
-        )
+        place = {"substitute_shard": names[attempt] if form == "shard's name" else attempt}
+        substitute = {**place, "substitute_row": 3 + attempt}
+        if form == "name":
+            substitute = {"substitute": f"{damaged['domain']}/{names[attempt]}#{3 + attempt}"}
+        common = {key: damaged[key] for key in ("step", "domain", "j", "shard", "row")}
+        log.append({**common, **substitute, "attempt": attempt, "reason": "checksum"})
     changed = records(copy, 5)
     assert rows[:2] + rows[3:] == changed[:2] + changed[3:]
     assert f"{damaged['domain']}/{names[1]}#4" == changed[2]["name"]
