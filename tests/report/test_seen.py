@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 from ddkmix.config import parse_config
 from ddkmix.errors import ConfigError, RunError
 from ddkmix.loader import DomainMixture
+from ddkmix.planner import plan_step
 from ddkmix.replay import Replay
 from ddkmix.report.seen import parse_steps, render_seen
 from ddkmix.setup import train
@@ -93,6 +95,30 @@ def test_every_step_is_replayed_after_caps(tiny_config: Make, record: Batches) -
     last = list(read_lines(run_dir / "intervals.jsonl"))[-1]
     assert 0 < len(last["projected"]) < 3  # or nothing would be capped
     check_every_step(run_dir, record)
+
+
+@pytest.mark.skipif(
+    "tokens_of" not in signature(plan_step).parameters, reason="this planner knows no shares of tokens"
+)
+def test_every_step_is_replayed_where_weights_are_shares_of_tokens(
+    tmp_path: Path, tiny_config: Make, record: Batches
+) -> None:
+    """Rows of many lengths decide who is served: their indices are needed, and are said to be when gone."""
+    for name in ("code", "prose"):
+        write_domain(tmp_path / "domains", name, shards=9, per_shard=1)
+    tree = tiny_config(
+        domains=[str(tmp_path / "domains")],
+        cache_dir=str(tmp_path / "cache"),
+        trainer={"steps": 9},
+        mixture={"interval_steps": 4, "count": "tokens"},
+        policy={"name": "ddk"},
+    )
+    run_dir = run(tree)
+    check_every_step(run_dir, record)
+    assert Replay(run_dir).block(1).row_sizes is not None
+    shutil.rmtree(tmp_path / "cache" / "rows")
+    with pytest.raises(RunError, match=r"weights are shares of tokens in this run, so its packed rows"):
+        render_seen(run_dir, (3, 3), "table")
 
 
 @pytest.mark.parametrize("kept", [2, 4, 7])
