@@ -90,8 +90,20 @@ def lint(
 
 
 @app.command()
-def plan(config: Config, overrides: Overrides = None) -> None:
-    """Show what a run will serve: rows, tokens and epochs per domain, and memory."""
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML config, or run directory.", show_default=False)],
+    overrides: Overrides = None,
+    style: FormatOption = "table",
+) -> None:
+    """Show what a run will serve, or where it is heading: rows, tokens and epochs per domain, limits."""
+    _check_format(style)
+    if config.is_dir():
+        from ddkmix.report.plan import render_run_plan
+
+        if overrides:
+            raise ConfigError(f"{overrides[0]}: {config} is a run directory; its config is fixed.")
+        print(render_run_plan(config, style))  # type: ignore[arg-type]  # checked above
+        return
     from ddkmix.policies import next_state, weights_of
     from ddkmix.preflight import check, dummy_losses
     from ddkmix.prepare import open_mixture, open_rows
@@ -104,7 +116,7 @@ def plan(config: Config, overrides: Overrides = None) -> None:
     losses = dummy_losses(mixture.domains)
     first = next_state(prepared.policy, None, losses, mixture.natural_weights)
     mixture.set_weights(weights_of(first, losses))
-    print(render_plan(run, packed, mixture))
+    print(render_plan(run, packed, mixture, style))  # type: ignore[arg-type]  # checked above
 
 
 @app.command()
@@ -173,7 +185,7 @@ def show(
     run_dir: Annotated[Path, typer.Argument(help="Run directory.", show_default=False)],
     style: FormatOption = "table",
 ) -> None:
-    """Show a run's history: gaps, weights, rows served, epochs."""
+    """Show a run's history: gaps, weights, rows served, epochs so far and at the end."""
     from ddkmix.report.history import render_history
 
     _check_format(style)
