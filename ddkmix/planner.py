@@ -1,20 +1,14 @@
 """Which domain serves each row: one plan per optimizer step for the global batch, in integers.
 
-A domain with mixture weight w is owed w rows for each row of the batch. Its *credit* is what it is owed
-minus what it was served. Two rules choose who serves the next row:
-
-- the most urgent of the domains that are owed at least 1/(2N-2) of a row, where urgent means that its
-  credit would soonest pass 1 - 1/(2N-2) under the present weights. While weights are constant this keeps
-  every credit inside (-1, 1) after every row (R. Tijdeman, The chairman assignment problem, 1980);
-- but if that would leave some k domains with more than k(1 + 1/(k+1) + ... + 1/N) rows of credit together,
-  the domain with the largest credit. Serving the largest never breaks that bound, so no credit passes
-  H_N = 1 + 1/2 + ... + 1/N under *any* sequence of weights. The first rule alone does not give this.
-
-Credits are integers in units of 2^-32 row and a step is a pure function of a state of a few hundred
-bytes: ranks cannot diverge, a weight change rolls back by taking the older state, and resume is exact.
+A step is a pure function of a state of a few hundred bytes: ranks cannot diverge, a weight change rolls back
+by taking the older state, and resume is exact. `apportion` says how many rows each domain serves and keeps
+served rows within one row of the mixture weights while these are constant, and within H_N rows whatever
+they do. Where weights count tokens, credits are tokens: domains are chosen one row after the other, always
+the one with the largest credit, which keeps every credit below H_N rows of the largest size (the same
+argument as in `apportion`, with the size of the row in place of 1).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -23,13 +17,13 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
+from ddkmix.apportion import ROW, apportion, share_out
 from ddkmix.errors import ConfigError, DataError, MixtureExhausted
 from ddkmix.fingerprint import hash_json
 
-ROW = 1 << 32
-"""One row in units of credit; quantised mixture weights sum to it."""
-
 OnCap = Literal["renormalize", "stop", "error"]
+TokensOf = Callable[[int, int], int]
+"""(domain, j) -> tokens without padding in the domain's j-th row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +51,7 @@ class PlannerState:
     weights: tuple[int, ...]
     """Requested mixture weights in units of 2^-32; they sum to 2^32."""
     credit: tuple[int, ...]
-    """Rows owed minus rows served, in units of 2^-32 row; they sum to 0."""
+    """Rows (or tokens) owed minus served, in units of 2^-32; they sum to 0."""
     served: tuple[int, ...]
     """Rows served: the j of each domain's next row."""
 
@@ -109,7 +103,7 @@ def quantise(weights: Float[np.ndarray, " N"]) -> tuple[int, ...]:
             f"mixture weights {weights.tolist()} are not a distribution; each must be finite and >= 0 and "
             "they must sum to 1."
         )
-    return _share_out(ROW, [Fraction(weight) for weight in weights.tolist()])
+    return share_out(ROW, [Fraction(weight) for weight in weights.tolist()])
 
 
 def initial_state(settings: PlanSettings, weights: Float[np.ndarray, " N"]) -> PlannerState:
@@ -134,8 +128,15 @@ def effective_weights(settings: PlanSettings, state: PlannerState) -> tuple[int,
     return _without_capped(settings, state.weights, state.served)
 
 
-def plan_step(settings: PlanSettings, state: PlannerState) -> tuple[StepPlan, PlannerState]:
+def plan_step(
+    settings: PlanSettings, state: PlannerState, tokens_of: TokensOf | None = None
+) -> tuple[StepPlan, PlannerState]:
     """The next global batch and the state after it.
+
+    Args:
+        settings: what stays the same.
+        state: before the step.
+        tokens_of: size of each row where weights count tokens; None where they count rows.
 
     Raises:
         MixtureExhausted: `on_cap` is "stop" and a domain at its cap is due, or every wanted domain is at
@@ -143,32 +144,19 @@ def plan_step(settings: PlanSettings, state: PlannerState) -> tuple[StepPlan, Pl
         DataError: `on_cap` is "error" and a domain at its cap is due.
     """
     weights = effective_weights(settings, state)
-    credit, served = list(state.credit), list(state.served)
-    domain_ids, row_numbers = [], []
-    for _ in range(settings.batch_rows):
-        for i, weight in enumerate(weights):
-            credit[i] += weight
-        chosen = _next_domain(credit, weights, _open(settings, served))
-        cap = settings.cap_rows[chosen]
-        if cap is not None and served[chosen] >= cap:
-            _refuse(settings, chosen, state.step)
-        domain_ids.append(chosen)
-        row_numbers.append(served[chosen])
-        credit[chosen] -= ROW
-        served[chosen] += 1
-        if served[chosen] == cap and settings.on_cap == "renormalize":
-            if len(domain_ids) < settings.batch_rows:
-                weights = _without_capped(settings, state.weights, served)
-            _hand_over(credit, chosen, weights)
-    order = np.argsort(domain_ids, kind="stable")
+    if tokens_of is None:
+        counts, credit = _serve_rows(settings, state, weights)
+    else:
+        counts, credit = _serve_tokens(settings, state, weights, tokens_of)
+    served = tuple(s + n for s, n in zip(state.served, counts, strict=True))
+    row_numbers = [np.arange(s, e) for s, e in zip(state.served, served, strict=True) if s < e]
     plan = StepPlan(
         step=state.step,
         version=state.version,
-        domain_ids=np.array(domain_ids, dtype=np.int64)[order],
-        row_numbers=np.array(row_numbers, dtype=np.int64)[order],
+        domain_ids=np.repeat(np.arange(len(counts)), counts),
+        row_numbers=np.concatenate(row_numbers),
     )
-    after = replace(state, step=state.step + 1, credit=tuple(credit), served=tuple(served))
-    return plan, after
+    return plan, replace(state, step=state.step + 1, credit=tuple(credit), served=served)
 
 
 def deal(plan: StepPlan, rank: int, world_size: int) -> Int[np.ndarray, " b"]:
@@ -200,76 +188,82 @@ def project_epochs(
     return projection
 
 
-def _open(settings: PlanSettings, served: Sequence[int]) -> Sequence[bool] | None:
-    """Under `renormalize`, which domains may still serve; None means all (the usual case, and cheap)."""
-    if settings.on_cap != "renormalize":
+def _serve_rows(
+    settings: PlanSettings, state: PlannerState, weights: tuple[int, ...]
+) -> tuple[list[int], list[int]]:
+    """Rows of each domain in one step, and the credits after it."""
+    left = settings.batch_rows
+    owed = [c + left * w for c, w in zip(state.credit, weights, strict=True)]
+    counts = [0] * len(owed)
+    room = _room(settings, state.served)
+    while True:
+        candidates = None
+        if room is not None and settings.on_cap == "renormalize":
+            candidates = [i for i, r in enumerate(room) if r is None or r > counts[i]]
+        step = apportion(owed, weights, left, candidates)
+        full = [i for i, n in enumerate(step) if room and (r := room[i]) is not None and n > r - counts[i]]
+        if not full:
+            break
+        if settings.on_cap != "renormalize":
+            _refuse(settings, full[0], state.step)
+        for i in full:  # they serve what they may; the others share the rest of the step
+            assert room is not None
+            rows = (room[i] or 0) - counts[i]
+            owed[i] -= rows * ROW
+            counts[i] += rows
+            left -= rows
+        weights = _without_capped(settings, state.weights, _sum(state.served, counts))
+        for i in full:
+            _hand_over(owed, i, weights)
+    counts = [a + b for a, b in zip(counts, step, strict=True)]
+    credit = [x - n * ROW for x, n in zip(owed, step, strict=True)]
+    if room is not None and settings.on_cap == "renormalize":
+        for i, r in enumerate(room):
+            if r is not None and counts[i] == r:
+                _hand_over(credit, i, weights)
+    return counts, credit
+
+
+def _serve_tokens(
+    settings: PlanSettings, state: PlannerState, weights: tuple[int, ...], tokens_of: TokensOf
+) -> tuple[list[int], list[int]]:
+    """As `_serve_rows`, with credits in tokens: each row goes to the largest credit."""
+    credit, counts = list(state.credit), [0] * len(weights)
+    room = _room(settings, state.served)
+    for _ in range(settings.batch_rows):
+        candidates = [
+            i
+            for i, weight in enumerate(weights)
+            if (weight or credit[i] > 0)
+            and (settings.on_cap != "renormalize" or not room or room[i] is None or counts[i] < room[i])  # type: ignore[operator]
+        ]
+        if not any(weights[i] for i in candidates):
+            _without_capped(settings, state.weights, _sum(state.served, counts))  # says so
+        chosen = max(candidates, key=lambda i: (credit[i], weights[i], -i))
+        limit = room[chosen] if room else None
+        if limit is not None and counts[chosen] >= limit:
+            _refuse(settings, chosen, state.step)
+        size = tokens_of(chosen, state.served[chosen] + counts[chosen])
+        for i, weight in enumerate(weights):
+            credit[i] += size * weight
+        credit[chosen] -= size * ROW
+        counts[chosen] += 1
+        if limit == counts[chosen] and settings.on_cap == "renormalize":
+            if sum(counts) < settings.batch_rows:
+                weights = _without_capped(settings, state.weights, _sum(state.served, counts))
+            _hand_over(credit, chosen, weights)
+    return counts, credit
+
+
+def _room(settings: PlanSettings, served: Sequence[int]) -> list[int | None] | None:
+    """Rows that each domain may still serve; None where nothing is capped (the usual case, and cheap)."""
+    if not any(cap is not None for cap in settings.cap_rows):
         return None
-    closed = [c is not None and s >= c for c, s in zip(settings.cap_rows, served, strict=True)]
-    return [not c for c in closed] if any(closed) else None
+    return [None if cap is None else cap - s for cap, s in zip(settings.cap_rows, served, strict=True)]
 
 
-def _next_domain(credit: Sequence[int], weights: Sequence[int], is_open: Sequence[bool] | None) -> int:
-    """Who serves the next row, given credits that already include it."""
-    candidates = range(len(credit))
-    if is_open is not None:
-        candidates = [i for i in candidates if is_open[i]]  # type: ignore[assignment]
-    if len(candidates) == 1:
-        return candidates[0]
-    urgent = _most_urgent(credit, weights, candidates)
-    if urgent is not None and _keeps_bound(credit, urgent):
-        return urgent
-    return max(candidates, key=lambda i: (credit[i], -i))
-
-
-def _most_urgent(credit: Sequence[int], weights: Sequence[int], candidates: Sequence[int]) -> int | None:
-    """Tijdeman's choice: least (1 - 1/(2N-2) - credit) / weight among those owed 1/(2N-2) of a row."""
-    threshold = ROW // (2 * len(credit) - 2)
-    best, best_slack, best_weight = None, 0, 1
-    for i in candidates:
-        if credit[i] < threshold or weights[i] == 0:
-            continue
-        slack = ROW - threshold - credit[i]
-        # slack / weight < best_slack / best_weight, without leaving the integers
-        if best is None or slack * best_weight < best_slack * weights[i]:
-            best, best_slack, best_weight = i, slack, weights[i]
-    return best
-
-
-def _keeps_bound(credit: Sequence[int], chosen: int) -> bool:
-    """Whether the k largest credits stay within their joint bound, for every k, after `chosen` serves."""
-    after = [c - ROW if i == chosen else c for i, c in enumerate(credit)]
-    if max(after) <= ROW:
-        return True  # every joint bound is at least k rows
-    total = 0
-    for value, bound in zip(sorted(after, reverse=True), _joint_bounds(len(after)), strict=False):
-        total += value
-        if total > bound:
-            return False
-    return True
-
-
-@lru_cache(maxsize=8)
-def _joint_bounds(num_domains: int) -> tuple[int, ...]:
-    """For k = 1 .. N-1: floor of k (1 + 1/(k+1) + ... + 1/N) rows, in units of credit."""
-    bounds, tail = [], Fraction(1)
-    for k in range(num_domains - 1, 0, -1):
-        tail += Fraction(1, k + 1)
-        bounds.append(int(k * tail * ROW))
-    return tuple(reversed(bounds))
-
-
-def _share_out(total: int, weights: Sequence[Fraction | int]) -> tuple[int, ...]:
-    """`total` split in proportion to `weights` by largest remainder; a positive weight gets at least 1."""
-    whole = sum(weights)
-    exact = [Fraction(total) * weight / whole for weight in weights]
-    parts = [max(int(e), 1) if weight > 0 else 0 for e, weight in zip(exact, weights, strict=True)]
-    by_remainder = sorted(range(len(parts)), key=lambda i: (parts[i] - exact[i], i))
-    missing = total - sum(parts)
-    for i in by_remainder[: max(missing, 0)]:
-        parts[i] += 1
-    if missing < 0:  # raising tiny weights to 1 overdrew; the largest does not notice
-        parts[parts.index(max(parts))] += missing
-    return tuple(parts)
+def _sum(first: Sequence[int], second: Sequence[int]) -> list[int]:
+    return [a + b for a, b in zip(first, second, strict=True)]
 
 
 def _without_capped(
@@ -286,7 +280,12 @@ def _without_capped(
             f"every domain with a positive weight is at its limit of rows {list(settings.cap_rows)}; raise "
             "mixture.max_epochs (and max_epochs of the cards) or train for fewer steps."
         )
-    return _share_out(ROW, kept)
+    return _renormalise(tuple(kept))
+
+
+@lru_cache(maxsize=64)
+def _renormalise(kept: tuple[int, ...]) -> tuple[int, ...]:
+    return share_out(ROW, kept)
 
 
 def _hand_over(credit: list[int], capped: int, weights: tuple[int, ...]) -> None:
