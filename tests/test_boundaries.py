@@ -12,17 +12,17 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from ddkmix import setup
+from ddkmix import prepare
 from ddkmix.boundaries import check_isolation, document_positions
 from ddkmix.config import RunConfig, parse_config
 from ddkmix.distillation import DistillationModel, predicted
 from ddkmix.domains import load_domains
 from ddkmix.errors import ConfigError, DataError, ModelError
-from ddkmix.index import RowReader
 from ddkmix.losses import build_terms
 from ddkmix.models import backbone_of, hidden_states, load_model
 from ddkmix.pack import pack_domains
 from ddkmix.preflight import check
+from ddkmix.rows import RowReader
 from ddkmix.segments import document_positions as numpy_positions
 from ddkmix.setup import measure_gaps, teacher_cache, train
 from ddkmix.teacher import LiveTeacher
@@ -329,7 +329,7 @@ def test_held_out_losses_are_those_of_the_documents(
         tiny_config(trainer=APART, pack={"strategy": strategy, "seq_len": 96}, evaluation={"rows": 100})
     )
     losses, _ = measure_gaps(config)
-    packed = setup.pack(check(config), shown=False)["math"].held_out
+    packed = prepare.open_rows(check(config), shown=False)["math"].held_out
     teacher, reader = load_model(str(tiny_teacher)), RowReader(packed)
     sums, count = 0.0, 0
     for number in range(packed.num_rows):
@@ -427,5 +427,5 @@ def test_rows_with_separators_inside_documents_are_refused(
         processes=1,
     )["math"].train
     with pytest.raises(DataError, match=r"domain 'math': \d+ tokens in the text of train-000000.tar are the"):
-        setup._check_separators(packed, tokenizer)
+        prepare._check_separators(packed, tokenizer)
     json.dumps(packed.shards[0].report)
