@@ -49,7 +49,7 @@ def from_boto(code: str, status: int) -> Exception:
     "error",
     [
         TimeoutError(),
-        asyncio.TimeoutError(),
+        asyncio.TimeoutError(),  # noqa: UP041
         FSTimeoutError(),
         ConnectionResetError(errno.ECONNRESET, "reset"),
         OSError(errno.ENETUNREACH, "unreachable"),

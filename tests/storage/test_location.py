@@ -196,8 +196,8 @@ def test_a_scheme_that_needs_a_package(
     """The message says which, and how to install it."""
     monkeypatch.setitem(sys.modules, module, None)
     assert (
-        f"code.yaml: train shard: {scheme}://bucket/a.tar needs the package {module}, which is not installed; "
-        f"pip install 'ddkmix[{extra}]'."
+        f"code.yaml: train shard: {scheme}://bucket/a.tar needs the package {module}, which is not "
+        f"installed; pip install 'ddkmix[{extra}]'."
     ) == refusal(f"{scheme}://bucket/a.tar")
 
 

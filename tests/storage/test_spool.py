@@ -264,7 +264,8 @@ import sys
 from pathlib import Path
 from ddkmix.config import Storage
 from ddkmix.storage.spool import SpoolCache, StoredShard
-cache = SpoolCache(Path({str(folder)!r}), {int(room * SIZE)}, Storage(attempts=3, timeout_s=30.0), backoff_s=0.01)
+settings = Storage(attempts=3, timeout_s=30.0)
+cache = SpoolCache(Path({str(folder)!r}), {int(room * SIZE)}, settings, backoff_s=0.01)
 print("ready", flush=True)
 sys.stdin.readline()
 total = 0
@@ -424,7 +425,7 @@ OPERATIONS = st.lists(
 def play(
     folder: Path, web: WebServer, sizes: list[int], limit: int, operations: list[tuple[str, int]]
 ) -> None:
-    """Do it, and keep the books after each operation."""
+    """Keep the books after each operation."""
     books = Books(folder, web, sizes, limit)
     try:
         for operation, i in operations:
