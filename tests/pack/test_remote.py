@@ -117,14 +117,16 @@ def test_a_promised_digest_saves_asking(
 def test_a_shard_that_changes_while_it_is_packed_is_refused(
     tmp_path: Path, tokenizer: TokenizerCard, web: WebServer, storage: Storage
 ) -> None:
-    """Between the planning of the work and the copy; the rows would be cached under the old content's name."""
+    """Between planning and copying: the rows would be cached under the old content's name."""
     domain = web_domain(web, tmp_path)
     web.faults["en/0.jsonl.gz"] = [None, replaced(jsonl(["new"] * 3))]
     with pytest.raises(DataError, match=r"en/0\.jsonl\.gz was changed while it was packed; pack again\."):
         pack(domain, tokenizer, tmp_path / "cache", storage)
 
 
-@pytest.mark.parametrize(("kind", "message"), [("missing", "held_out.jsonl"), ("empty", "is empty (0 b")])
+@pytest.mark.parametrize(
+    ("kind", "message"), [("missing", "held_out.jsonl.gz"), ("empty", "is empty (0 bytes)")]
+)
 def test_a_remote_shard_that_is_not_there_is_named(
     tmp_path: Path, tokenizer: TokenizerCard, web: WebServer, storage: Storage, kind: str, message: str
 ) -> None:
