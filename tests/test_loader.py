@@ -574,7 +574,7 @@ def test_the_last_64_states_are_kept(mixture_of: Callable[..., DomainMixture]) -
     [
         ({"seed": 1}, "seed was 0 and is 1"),
         ({"batch_rows": 24}, "batch_rows was 12 and is 24"),
-        ({"max_epochs": 3.0}, "cap_rows was [None, None, None] and is ["),
+        ({"max_epochs": 3.0}, "cap_rows was {} and is {'code': "),
         ({"on_cap": "stop"}, "on_cap was 'renormalize' and is 'stop'"),
         ({"block_rows": 100}, "block_rows was 8192 and is 100"),
         ({"count": "tokens"}, "count was 'rows' and is 'tokens'"),
