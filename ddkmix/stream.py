@@ -124,7 +124,9 @@ def describe_stream(
                 "block_rows": block_rows,
                 "count": count,
                 "on_cap": on_cap,
-                "cap_rows": {domain.domain: cap for domain, cap in zip(rows, caps, strict=True) if cap is not None},
+                "cap_rows": {
+                    domain.domain: cap for domain, cap in zip(rows, caps, strict=True) if cap is not None
+                },
             },
         ),
         count=count,
