@@ -1,0 +1,50 @@
+"""ddkmix's own row files, written and opened the way `ddkmix pack` does it.
+
+The only file here that knows how ddkmix stores rows: everything else asks it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ddkmix.fingerprint import hash_file
+from ddkmix.index import DomainRows, ShardIndex, read_index, row_checksums, write_index
+from ddkmix.pack import _write_tar
+
+
+def write_domain(folder: Path, domain: str, rows: np.ndarray, *, shard_rows: int) -> list[Path]:
+    """Write rows (R, T) as shards of `shard_rows` rows below `folder/domain`; returns the tars."""
+    paths = []
+    for start in range(0, len(rows), shard_rows):
+        part = rows[start : start + shard_rows]
+        path = folder / domain / f"train-{start // shard_rows:06d}.tar"
+        full = np.full(len(part), rows.shape[1], dtype=np.int64)
+        offsets = _write_tar(path, part)
+        index = ShardIndex(
+            location=str(path),
+            size=path.stat().st_size,
+            sha256=hash_file(path),
+            offsets=offsets,
+            crc32=row_checksums(part),
+            num_tokens=full,
+            num_bytes=full,
+            seq_len=rows.shape[1],
+            dtype=part.dtype.str,
+            report={"documents": len(part), "tokens": int(full.sum()), "bytes": int(full.sum()), "dropped": {}},
+        )
+        write_index(index)
+        paths.append(path)
+    return paths
+
+
+def open_domains(folder: Path, domains: Sequence[str]) -> dict[str, DomainRows]:
+    """The rows that `write_domain` wrote, by domain."""
+    return {
+        domain: DomainRows(
+            domain=domain,
+            shards=tuple(read_index(path) for path in sorted((folder / domain).glob("*.tar"))),
+            fingerprint=domain,
+        )
+        for domain in domains
+    }
