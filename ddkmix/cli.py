@@ -32,71 +32,75 @@ FormatOption = Annotated[str, typer.Option("--format", help="table, json or mark
 
 
 @app.command()
-def pack(config: Config, overrides: Overrides = None) -> None:
+def pack(
+    config: Config,
+    overrides: Overrides = None,
+    part: Annotated[
+        str | None,
+        typer.Option(help="3/16: pack every 16th shard, from the third; run the other parts anywhere."),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Folder to copy the packed rows to, one folder per domain.")
+    ] = None,
+    style: FormatOption = "table",
+) -> None:
     """Turn the documents of a config's domains into rows of tokens."""
     from ddkmix.domains import load_domains
-    from ddkmix.pack import pack_domains, pack_report
+    from ddkmix.pack import pack_report, parse_part
+    from ddkmix.prepare import pack_rows, publish_rows
+    from ddkmix.report.packing import render_packing
     from ddkmix.tokenizer import read_tokenizer
-    from ddkmix.tracking import progress_bar
 
+    _check_format(style)
+    share = parse_part(part) if part is not None else None
     run = _load(config, overrides)
     tokenizer = read_tokenizer(run.teacher.model, revision=run.teacher.revision, separator=run.pack.separator)
-    with progress_bar("pack", total=None, shown=True) as bar:
-        packed = pack_domains(
-            load_domains(run.domains),
-            tokenizer,
-            seq_len=run.pack.seq_len,
-            cache_dir=run.cache_dir,
-            processes=run.pack.processes,
-            on_shard=lambda done, total: bar.update(done, total=total),
-        )
-    for name, splits in pack_report(packed).items():
-        for split, facts in splits.items():
-            dropped = ", ".join(f"{n} {why}" for why, n in facts["dropped"].items()) or "none"
-            print(
-                f"{name:14} {split:9} {facts['documents']:7,} documents  {facts['rows']:8,} rows  "
-                f"{facts['tokens']:11,} tokens  {facts['bytes_per_token']:.2f} bytes/token  "
-                f"dropped: {dropped}"
-            )
+    domains = load_domains(run.domains, run.storage)
+    packed = pack_rows(run, domains, tokenizer, part=share)
+    print(render_packing(pack_report(packed), style))  # type: ignore[arg-type]  # checked above
+    waiting = [domain.name for domain in domains if domain.name not in packed]
+    if waiting:
+        print(f"part {part} is done; other parts are not, of {', '.join(waiting)}.", file=sys.stderr)
+    if out is not None:
+        for folder in publish_rows(packed, out):
+            print(f"rows: {folder}", file=sys.stderr)
 
 
 @app.command()
-def lint(config: Config, overrides: Overrides = None) -> None:
+def lint(
+    config: Config,
+    overrides: Overrides = None,
+    remote: Annotated[
+        bool, typer.Option("--remote", help="Also ask the stores for every remote shard.")
+    ] = False,
+) -> None:
     """Check everything that a config names, without loading a model."""
     from ddkmix.preflight import check
+    from ddkmix.prepare import check_remote
 
     prepared = check(_load(config, overrides))
-    shards = sum(len(domain.train) + len(domain.held_out) for domain in prepared.domains)
+    if remote:
+        check_remote(prepared)
+    shards = sum(1 for domain in prepared.domains for _ in domain.shards())
+    packed = sum(1 for domain in prepared.domains if domain.rows is not None)
     print(
-        f"{config}: fine. {len(prepared.domains)} domains, {shards} shards, tokenizer "
-        f"{prepared.tokenizer.name} ({prepared.tokenizer.vocab_size:,} tokens)."
+        f"{config}: fine. {len(prepared.domains)} domains{f' ({packed} packed)' if packed else ''}, {shards} "
+        f"shards, tokenizer {prepared.tokenizer.name} ({prepared.tokenizer.vocab_size:,} tokens)."
     )
 
 
 @app.command()
 def plan(config: Config, overrides: Overrides = None) -> None:
     """Show what a run will serve: rows, tokens and epochs per domain, and memory."""
-    from ddkmix.loader import DomainMixture
-    from ddkmix.pack import pack_domains
     from ddkmix.policies import next_state, weights_of
     from ddkmix.preflight import check, dummy_losses
+    from ddkmix.prepare import open_mixture, open_rows
     from ddkmix.report.plan import render_plan
 
     run = _load(config, overrides)
     prepared = check(run)
-    packed = pack_domains(
-        prepared.domains,
-        prepared.tokenizer,
-        seq_len=run.pack.seq_len,
-        cache_dir=run.cache_dir,
-        processes=run.pack.processes,
-    )
-    mixture = DomainMixture(
-        {name: domain.train for name, domain in packed.items()},
-        batch_rows=run.trainer.batch_rows,
-        max_epochs=run.mixture.max_epochs,
-        on_cap=run.mixture.on_cap,
-    )
+    packed = open_rows(prepared, shown=True)
+    mixture = open_mixture(run, packed)
     losses = dummy_losses(mixture.domains)
     first = next_state(prepared.policy, None, losses, mixture.natural_weights)
     mixture.set_weights(weights_of(first, losses))
@@ -168,6 +172,29 @@ def show(
     print(render_history(run_dir, style))  # type: ignore[arg-type]  # checked above
 
 
+@app.command()
+def seen(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory.", show_default=False)],
+    step: Annotated[
+        str, typer.Option(help="Optimizer step, counted from 1 as in metrics.jsonl; 10:20 for several.")
+    ],
+    domain: Annotated[str | None, typer.Option(help="Only the rows of this domain.")] = None,
+    style: Annotated[str, typer.Option("--format", help="table, json, markdown or text.")] = "table",
+    chars: Annotated[
+        int | None,
+        typer.Option(min=0, help="Characters of text per row: 80 in tables, all elsewhere; 0 for no text."),
+    ] = None,
+) -> None:
+    """Show the rows that a past step was served: name, place, epoch and text."""
+    from ddkmix.report.seen import parse_steps, render_seen
+
+    _check_format(style, "table", "json", "markdown", "text")
+    report = render_seen(run_dir, parse_steps(step), style, domain=domain, chars=chars)  # type: ignore[arg-type]
+    print(report.text)
+    for note in report.notes:
+        print(f"ddkmix: {note}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; exit code 0, 2 for a user's mistake, 130 after an interruption."""
     try:
@@ -201,9 +228,10 @@ def _load(config: Path, overrides: Sequence[str] | None) -> Any:
     return load_config(config, overrides or [])
 
 
-def _check_format(style: str) -> None:
-    if style not in ("table", "json", "markdown"):
-        raise ConfigError(f"--format {style}: must be table, json or markdown.")
+def _check_format(style: str, *known: str) -> None:
+    known = known or ("table", "json", "markdown")
+    if style not in known:
+        raise ConfigError(f"--format {style}: must be {', '.join(known[:-1])} or {known[-1]}.")
 
 
 def _gaps_config(

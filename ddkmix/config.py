@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ddkmix.errors import ConfigError, did_you_mean
+from ddkmix.errors import ConfigError
 from ddkmix.overrides import apply_override, read_yaml
+from ddkmix.validation import explain
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -288,7 +289,7 @@ def parse_config(tree: dict[str, Any], *, where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(" ".join(_explain(error, where).split())) from None
+        raise ConfigError(" ".join(explain(error, where, RunConfig).split())) from None
 
 
 def dump_config(config: RunConfig) -> dict[str, Any]:
@@ -301,29 +302,3 @@ def _default(section: str) -> Any:
     """What `policy.uniform_mix=0.3` changes in a config that names no policy: the parameters of DDK."""
     default = RunConfig.model_fields[section].default
     return [term.model_dump() for term in default] if section == "loss" else default.model_dump()
-
-
-def _explain(error: ValidationError, where: str) -> str:
-    first = error.errors()[0]
-    parts = [str(part) for part in first["loc"]]
-    key = ".".join(parts)
-    if first["type"] == "extra_forbidden":
-        known = _fields_at(parts[:-1])
-        prefix = "".join(f"{part}." for part in parts[:-1])
-        return f"unknown key {key} in {where}; {did_you_mean(key, [prefix + name for name in known])}"
-    if first["type"] == "missing":
-        return f"{key} is missing in {where}; it has no default."
-    rule = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"{key + ': ' if key else ''}{rule} (in {where})."
-    return f"{key} = {first['input']!r} in {where}; {rule[0].lower()}{rule[1:]}."
-
-
-def _fields_at(parts: Sequence[str]) -> list[str]:
-    section: type[BaseModel] = RunConfig
-    for part in parts:
-        annotation = section.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        section = annotation
-    return list(section.model_fields)

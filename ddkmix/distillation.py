@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ddkmix.batch import DenseSignal
+from ddkmix.boundaries import check_isolation, document_positions
 from ddkmix.losses import LossTerm
 from ddkmix.losses.chunked import chunked_objective
 from ddkmix.models import head_of, hidden_states
@@ -20,11 +21,22 @@ from ddkmix.reading import IGNORE
 class DistillationModel(nn.Module):
     """A student that returns the distillation objective instead of logits."""
 
-    def __init__(self, student: nn.Module, *, vocab_size: int | None = None, chunk_tokens: int = 256) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        *,
+        vocab_size: int | None = None,
+        chunk_tokens: int = 256,
+        separator_id: int | None = None,
+    ) -> None:
+        """Documents of a row see each other unless there is a `separator_id` that keeps them apart."""
         super().__init__()
         head_of(student)  # refuses a model that cannot be split, before training starts
+        if separator_id is not None:
+            check_isolation(student, separator_id)
         self.student = student
         self._vocab_size, self._chunk_tokens = vocab_size, chunk_tokens
+        self._separator_id = separator_id
 
     def forward(
         self,
@@ -47,7 +59,7 @@ class DistillationModel(nn.Module):
             The sum over predicted tokens of token_weight x weighted losses, and the detached value of each
             term at the n predicted tokens, in row order (see `predicted`).
         """
-        hidden = hidden_states(self.student, input_ids)
+        hidden = hidden_states(self.student, input_ids, document_positions(input_ids, self._separator_id))
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         where = predicted(labels)

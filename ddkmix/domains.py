@@ -1,82 +1,77 @@
 """Read and check domain cards: one YAML file per domain, which names its shards.
 
     name: code
-    text_field: txt                                  # or json.FIELD
-    train: code/train-{000000..000001}.tar           # relative to the card, braces expand
-    held_out: code/held_out-000000.tar
+    text_field: txt                                  # what holds the text, see `documents`
+    train: code/train-{000000..000001}.tar           # relative to the card, braces and * expand; or a URL,
+                                                     # a wids list, {dataset: owner/name}, or a list of these
+    held_out: code/held_out-000000.tar               # the same, or {share_of_train: 0.01}
     license: MIT
 
-Nothing is opened but the cards; `pack` reads the shards.
+or, where the rows have been packed already, `rows: FOLDER` (a path or a URL) in place of train and held_out.
+Nothing is opened but the cards and local wids lists; `pack` reads the shards.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from glob import escape, glob  # Path.glob takes no absolute pattern
 from pathlib import Path
-from typing import Annotated
+from typing import Any, Literal
 
-import yaml
-from braceexpand import braceexpand
-from pydantic import Field, ValidationError
+from ddkmix.card import NEEDS, Card, DatasetEntry, HeldOutShare, Source, read_card
+from ddkmix.config import Storage
+from ddkmix.document_shards import (
+    DocumentShard,
+    shard_of_dataset,
+    shards_of_pattern,
+    with_checksums,
+    with_names,
+)
+from ddkmix.documents import HubSplit
+from ddkmix.errors import DataError
+from ddkmix.storage.location import check_location, is_remote
 
-from ddkmix.config import Positive, Section
-from ddkmix.errors import DataError, did_you_mean
-
-
-class Source(Section):
-    """Where the text of a domain comes from."""
-
-    package: str
-    registry: str
-    version: str
-    license: str
-    sha256: str | None = None
-    note: str | None = None
+Split = Literal["train", "held_out"]
+SPLITS: tuple[Split, ...] = ("train", "held_out")
 
 
-class Card(Section):
-    """The content of a card."""
-
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-    """Lower-case letters, digits, _ and -; seeds and file names derive from it."""
-    description: str = ""
-    text_field: Annotated[str, Field(pattern=r"^(txt|text|json\.[A-Za-z0-9_]+)$")] = "txt"
-    """WebDataset member that holds a document: `txt`, `text`, or `json.FIELD`."""
-    train: str | tuple[str, ...]
-    """Shards to learn from; brace expansion; paths relative to the card."""
-    held_out: str | tuple[str, ...] | None = None
-    """Shards to measure on; required."""
-    license: str
-    max_epochs: Positive | None = None
-    """Passes allowed over the train rows."""
-    prior: Positive | None = None
-    """Share in the `natural` mixture, relative to the others; the number of train rows when unset."""
-    sources: tuple[Source, ...] = ()
-
-
-class Domain(Section):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Domain:
     """A card whose shards have been found."""
 
     name: str
     card: Path
-    train: tuple[Path, ...]
-    held_out: tuple[Path, ...]
-    text_field: str
     license: str
-    max_epochs: float | None
-    prior: float | None
+    train: tuple[DocumentShard, ...] = ()
+    held_out: tuple[DocumentShard, ...] = ()
+    """Empty where the held-out documents are a share of the train shards'."""
+    share_of_train: float | None = None
+    rows: str | None = None
+    """Path or URL of the packed rows; then there are no shards of documents."""
+    text_field: str = "txt"
+    max_epochs: float | None = None
+    prior: float | None = None
+    sources: tuple[Source, ...] = ()
+
+    def shards(self) -> Iterator[tuple[Split, DocumentShard]]:
+        """All shards of documents, each with its split."""
+        for shard in self.train:
+            yield "train", shard
+        for shard in self.held_out:
+            yield "held_out", shard
 
 
-def load_domains(patterns: Sequence[str]) -> tuple[Domain, ...]:
+def load_domains(patterns: Sequence[str], storage: Storage | None = None) -> tuple[Domain, ...]:
     """The domains of a run, sorted by name.
 
     Args:
         patterns: cards, globs of cards, or folders whose *.yaml are cards.
+        storage: how remote shards will be read; the default settings when None.
 
     Raises:
-        DataError: no card is found, a card is wrong, a shard is missing or empty, two domains share a
+        DataError: no card is found, a card is wrong, a local shard is missing or empty, two domains share a
             name, or a shard appears twice.
     """
-    domains = [_load(path) for path in _card_paths(patterns)]
+    domains = [_load(path, storage or Storage()) for path in _card_paths(patterns)]
     _check_distinct(domains)
     return tuple(sorted(domains, key=lambda domain: domain.name))
 
@@ -98,65 +93,89 @@ def _card_paths(patterns: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(paths))
 
 
-def _load(path: Path) -> Domain:
-    try:
-        card = Card.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path} cannot be read as a card: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        raise DataError(_explain(error, path)) from None
-    if not card.held_out:
-        raise DataError(
-            f"{path}: domain {card.name!r} has no held_out shards; its loss gap cannot be measured "
-            "without them. Set aside a few documents and name them under held_out."
-        )
-    if not card.train:
-        raise DataError(f"{path}: domain {card.name!r} has no train shards; name them under train.")
+def _load(path: Path, storage: Storage) -> Domain:
+    card = read_card(path)
+    shards = _packed(card, path, storage) if card.rows is not None else _documents(card, path, storage)
     return Domain(
         name=card.name,
         card=path,
-        train=_shards(card.train, path, "train"),
-        held_out=_shards(card.held_out, path, "held_out"),
-        text_field=card.text_field,
         license=card.license,
         max_epochs=card.max_epochs,
         prior=card.prior,
+        sources=card.sources,
+        **shards,
     )
 
 
-def _explain(error: ValidationError, path: Path) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"{path}: unknown key {key!r}; {did_you_mean(key, Card.model_fields)}"
-    if first["type"] == "missing":
-        return f"{path}: {key} is missing; a card needs name, train, held_out and license."
-    return f"{path}: {key or 'card'} = {first['input']!r}; {first['msg']}."
+def _packed(card: Card, path: Path, storage: Storage) -> dict[str, Any]:
+    for key in ("train", "held_out", "sha256"):
+        if getattr(card, key):
+            raise DataError(f"{path}: {key} beside rows; packed rows hold both splits. Remove one of them.")
+    assert card.rows is not None
+    if is_remote(card.rows):
+        check_location(card.rows, storage, f"{path}: rows")
+        return {"rows": card.rows}
+    return {"rows": str(path.parent / card.rows)}
 
 
-def _shards(spec: str | tuple[str, ...], card: Path, split: str) -> tuple[Path, ...]:
-    shards: list[Path] = []
-    for pattern in (spec,) if isinstance(spec, str) else spec:
-        if "://" in pattern or pattern.startswith("pipe:"):
-            raise DataError(
-                f"{card}: {split} shard {pattern!r} is remote; this version reads local shards. "
-                "Download it and name the file."
-            )
-        try:
-            shards += [card.parent / name for name in braceexpand(pattern)]
-        except ValueError:
-            raise DataError(f"{card}: {split} = {pattern!r} has unbalanced braces.") from None
-    for shard in shards:
-        if not shard.is_file():
-            raise DataError(f"{card}: {split} shard {shard} does not exist; correct the card or add it.")
-        if shard.stat().st_size == 0:
-            raise DataError(f"{card}: {split} shard {shard} is empty (0 bytes); write it again.")
-    return tuple(shards)
+def _documents(card: Card, path: Path, storage: Storage) -> dict[str, Any]:
+    if card.train is None:
+        raise DataError(f"{path}: train is missing; {NEEDS}")
+    if not card.held_out:
+        raise DataError(
+            f"{path}: domain {card.name!r} has no held_out shards; its loss gap cannot be measured without "
+            "them. Name some documents under held_out, or set aside a part: {share_of_train: 0.01}."
+        )
+    if not card.train:
+        raise DataError(f"{path}: domain {card.name!r} has no train shards; name them under train.")
+    found: set[str] = set()
+    train = _shards(card, card.train, path, "train", storage, found)
+    held_out: tuple[DocumentShard, ...] = ()
+    share = None
+    if isinstance(card.held_out, HeldOutShare):
+        share = card.held_out.share_of_train
+    else:
+        held_out = _shards(card, card.held_out, path, "held_out", storage, found)
+    if unknown := sorted(set(card.sha256) - found):
+        raise DataError(f"{path}: sha256 names {unknown[0]!r}, which is no shard of the card; correct it.")
+    return {"train": train, "held_out": held_out, "share_of_train": share, "text_field": card.text_field}
+
+
+def _shards(
+    card: Card,
+    entries: Sequence[str | DatasetEntry],
+    path: Path,
+    split: Split,
+    storage: Storage,
+    found: set[str],
+) -> tuple[DocumentShard, ...]:
+    where = f"{path}: {split}"
+    shards: list[DocumentShard] = []
+    for entry in entries:
+        if isinstance(entry, DatasetEntry):
+            shards.append(_dataset(entry, path.parent))
+        else:
+            shards += shards_of_pattern(entry, path.parent, storage, where=where)
+    try:
+        return with_names(with_checksums(shards, card.sha256, found), where=split)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def _dataset(entry: DatasetEntry, folder: Path) -> DocumentShard:
+    local = entry.dataset.startswith(".")
+    split = HubSplit(
+        dataset=str(folder / entry.dataset) if local else entry.dataset,
+        config=entry.config,
+        split=entry.split,
+        revision=entry.revision,
+    )
+    return shard_of_dataset(split, entry.shards)
 
 
 def _check_distinct(domains: Sequence[Domain]) -> None:
     names: dict[str, Path] = {}
-    shards: dict[Path, str] = {}
+    shards: dict[Any, str] = {}
     for domain in domains:
         if domain.name in names:
             raise DataError(
@@ -164,12 +183,25 @@ def _check_distinct(domains: Sequence[Domain]) -> None:
                 "names must differ."
             )
         names[domain.name] = domain.card
-        for split, paths in (("train", domain.train), ("held_out", domain.held_out)):
-            for path in paths:
-                place = f"{domain.name}/{split}"
-                if path.resolve() in shards:
-                    raise DataError(
-                        f"shard {path} is in {shards[path.resolve()]} and in {place}; a shard belongs to "
-                        "one split of one domain."
-                    )
-                shards[path.resolve()] = place
+        for split, shard in domain.shards():
+            place, key = f"{domain.name}/{split}", _identity(shard)
+            if key in shards:
+                raise DataError(
+                    f"shard {shard} is in {shards[key]} and in {place}; a shard belongs to one split of one "
+                    "domain."
+                )
+            shards[key] = place
+        if domain.rows is not None:
+            if domain.rows in shards:
+                raise DataError(
+                    f"rows {domain.rows} are in {shards[domain.rows]} and in {domain.name}; rows belong to "
+                    "one domain."
+                )
+            shards[domain.rows] = domain.name
+
+
+def _identity(shard: DocumentShard) -> Any:
+    """Equal for two entries that read the same bytes, as far as names tell."""
+    if shard.dataset is not None:
+        return (shard.dataset.dataset, shard.dataset.config, shard.dataset.split, shard.index)
+    return shard.location if shard.remote else Path(shard.location).resolve()

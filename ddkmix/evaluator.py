@@ -20,9 +20,10 @@ from torch import Tensor
 from ddkmix.distillation import predicted
 from ddkmix.errors import DataError
 from ddkmix.fingerprint import hash_json, replacing
-from ddkmix.index import DomainRows, RowReader
+from ddkmix.index import DomainRows
 from ddkmix.order import DomainOrder, locate
 from ddkmix.reading import IGNORE
+from ddkmix.rows import RowReader
 from ddkmix.types import DomainLosses
 
 _DIGEST_BYTES = 32

@@ -5,11 +5,13 @@ shard pass for the old one. So a digest is computed once and remembered beside t
 modification time (as git's index does).
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -91,18 +93,46 @@ def _read_memory(path: Path) -> dict[str, list[Any]]:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write aside; it takes the place of `path` when the block ends, whole and on disk.
 
-    A reader sees the old file or the new one. After an exception the old one stays and nothing is left.
+    A reader sees the old file or the new one. After an exception the old one stays and nothing is left. Any
+    number of processes, on any number of machines, may write one path at once; the last one wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary, descriptor = _open_aside(path)
     try:
-        with temporary.open("wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+            temporary.replace(path)  # while the file is open: closing it gives up the lock that keeps it
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Delete what killed writers left in a folder; files that somebody is writing stay.
+
+    A writer holds a lock on its file, and a lock ends with its process: unlike a process id in the name, it
+    cannot be confused with that of another machine or container that shares the folder. Where the file
+    system has no locks, nothing can be known and nothing is deleted.
+    """
+    for path in folder.glob(".*.tmp"):
+        try:
+            with path.open("r+b") as file:  # NFS locks only what may be written
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        except OSError:
+            continue
+
+
+def _open_aside(path: Path) -> tuple[Path, int]:
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+        with suppress(OSError):  # a file system without locks: then nobody can take the file for abandoned
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if temporary.exists():  # else `remove_abandoned` came between creation and lock
+            return temporary, descriptor
+        os.close(descriptor)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -6,10 +6,8 @@ bytes of text they predict. One index per shard, never one database.
 """
 
 import json
-import os
 import zlib
-from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from lzma import LZMAError
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ from jaxtyping import Int, UInt
 from ddkmix.errors import DataError
 from ddkmix.fingerprint import replacing
 
-_OPEN_FILES = 64
 _DAMAGE = (
     OSError,
     ValueError,
@@ -53,7 +50,7 @@ class ShardIndex:
     num_bytes: Int[np.ndarray, " R"]
     """UTF-8 bytes of the text that the row's predicted tokens (all but its first) cover."""
     crc32: UInt[np.ndarray, " R"]
-    """CRC-32 of each row's bytes, checked whenever it is read."""
+    """CRC-32 of the bytes of each row's `num_tokens` tokens, checked whenever it is read."""
     seq_len: int
     dtype: str
     """numpy type of a stored token, little-endian ("<u2" or "<u4")."""
@@ -71,9 +68,10 @@ class ShardIndex:
         return self.location.rsplit("/", 1)[-1]
 
 
-def row_checksums(rows: UInt[np.ndarray, "R T"]) -> UInt[np.ndarray, " R"]:
-    """CRC-32 of each row's bytes as they are stored."""
-    return np.array([zlib.crc32(row.tobytes()) for row in rows], dtype=np.uint32)
+def row_checksums(rows: UInt[np.ndarray, "R T"], num_tokens: Int[np.ndarray, " R"]) -> UInt[np.ndarray, " R"]:
+    """CRC-32 of each row's stored bytes, without padding."""
+    pairs = zip(rows, num_tokens.tolist(), strict=True)
+    return np.array([zlib.crc32(row[:length].tobytes()) for row, length in pairs], dtype=np.uint32)
 
 
 def index_path(shard: Path) -> Path:
@@ -149,6 +147,16 @@ def read_sidecar(sidecar: Path, location: str) -> ShardIndex:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RowPlaces:
+    """The index of all shards in a row: entry `starts[shard] + row` is the row of that shard."""
+
+    starts: Int[np.ndarray, " S"]
+    offsets: Int[np.ndarray, " R"]
+    num_tokens: Int[np.ndarray, " R"]
+    crc32: UInt[np.ndarray, " R"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DomainRows:
     """The packed rows of one split of one domain."""
 
@@ -156,77 +164,56 @@ class DomainRows:
     shards: tuple[ShardIndex, ...]
     fingerprint: str
     """Changes with the documents, the tokenizer and the packing, and with nothing else."""
+    padding_id: int = 0
+    """Fills a row behind its tokens."""
     max_epochs: float | None = None
     """The card's limit."""
     prior: float | None = None
     """The card's share in the natural mixture."""
+    places: RowPlaces = field(init=False, repr=False)
+    """The indices of `shards` end to end; those are views of it, so that nothing is kept twice."""
+
+    def __post_init__(self) -> None:
+        counts = [shard.num_rows for shard in self.shards]
+        ends = np.cumsum(counts, dtype=np.int64)
+        places = RowPlaces(
+            starts=ends - np.array(counts, dtype=np.int64),
+            offsets=np.concatenate([shard.offsets for shard in self.shards]),
+            num_tokens=np.concatenate([shard.num_tokens for shard in self.shards]),
+            crc32=np.concatenate([shard.crc32 for shard in self.shards]),
+        )
+        views = tuple(
+            replace(
+                shard,
+                offsets=places.offsets[start:end],
+                num_tokens=places.num_tokens[start:end],
+                crc32=places.crc32[start:end],
+            )
+            for shard, start, end in zip(self.shards, places.starts, ends, strict=True)
+        )
+        object.__setattr__(self, "shards", views)
+        object.__setattr__(self, "places", places)
 
     @property
     def num_rows(self) -> int:
         """Rows over all shards."""
-        return sum(shard.num_rows for shard in self.shards)
+        return len(self.places.offsets)
 
     @property
     def num_tokens(self) -> int:
         """Tokens without padding over all shards."""
-        return int(sum(shard.num_tokens.sum() for shard in self.shards))
+        return int(self.places.num_tokens.sum())
 
     @property
     def seq_len(self) -> int:
         """Tokens in a row."""
         return self.shards[0].seq_len
 
+    @property
+    def dtype(self) -> str:
+        """numpy type of a stored token."""
+        return self.shards[0].dtype
+
     def name_of(self, shard: int, row: int) -> str:
         """The name of a row, the same under every mixture: `code/train-000003.tar#17`."""
         return f"{self.domain}/{self.shards[shard].name}#{row}"
-
-
-class RowReader:
-    """Reads rows of one `DomainRows`; holds at most 64 files open; can be sent to another process."""
-
-    def __init__(self, rows: DomainRows) -> None:
-        self.rows = rows
-        self._files: OrderedDict[int, int] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"rows": self.rows, "_files": OrderedDict()}
-
-    def read(self, shard: int, row: int) -> UInt[np.ndarray, " T"]:
-        """The `seq_len` tokens of one row, padding included.
-
-        Raises:
-            DataError: the shard cannot be read or ends before the row does.
-        """
-        index = self.rows.shards[shard]
-        itemsize = np.dtype(index.dtype).itemsize
-        try:
-            data = os.pread(self._file(shard), index.seq_len * itemsize, int(index.offsets[row]))
-        except OSError as error:
-            raise DataError(f"{index.location} cannot be read ({error.strerror}).") from None
-        if len(data) != index.seq_len * itemsize:
-            raise DataError(
-                f"{self.rows.name_of(shard, row)}: {len(data)} of {index.seq_len * itemsize} bytes at "
-                f"offset {int(index.offsets[row])} of {index.location}; the shard was cut while in use."
-            )
-        return np.frombuffer(data, dtype=index.dtype)
-
-    def _file(self, shard: int) -> int:
-        if shard in self._files:
-            self._files.move_to_end(shard)
-        else:
-            if len(self._files) >= _OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            path = self.rows.shards[shard].location
-            try:
-                self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise DataError(f"{path} cannot be opened ({error.strerror}).") from None
-        return self._files[shard]
-
-    def close(self) -> None:
-        """Close every file."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def __del__(self) -> None:
-        self.close()

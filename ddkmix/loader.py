@@ -7,21 +7,23 @@ the loop received; batches of the old weights that workers have already read are
 planned again, so a change is whole at the next step at any worker count and prefetch depth.
 """
 
-from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from ddkmix.apportion import ROW
+from ddkmix.config import Storage
 from ddkmix.domains import load_domains
-from ddkmix.errors import ConfigError, DataError, MixtureExhausted
+from ddkmix.errors import ConfigError, MixtureExhausted, RowError
 from ddkmix.fingerprint import hash_json
 from ddkmix.index import DomainRows
-from ddkmix.order import DomainOrder, locate
+from ddkmix.mixture_state import from_json, to_json
 from ddkmix.pack import pack_domains
+from ddkmix.plan_queue import PlanQueue
 from ddkmix.planner import (
     OnCap,
     PlannerState,
@@ -30,17 +32,18 @@ from ddkmix.planner import (
     deal,
     effective_weights,
     initial_state,
-    plan_step,
     quantise,
     with_weights,
 )
-from ddkmix.reading import ReadAhead, Task
+from ddkmix.prefetching import ShardPrefetch
+from ddkmix.reading import ReadAhead, tensors_of
+from ddkmix.row_tasks import RowBatch, Substitution, Task
+from ddkmix.rows import byte_reader
+from ddkmix.stream import Count, check_ranks, describe_stream
 from ddkmix.tokenizer import read_tokenizer
 from ddkmix.types import simplex_vector
 
-_KEPT_STATES = 64
-"""Loops that read ahead ask for the state of a recent step; more is never read ahead."""
-STATE_FORMAT = 1
+_LOG = getLogger("ddkmix")
 
 
 class DomainMixture:
@@ -48,7 +51,28 @@ class DomainMixture:
 
     Iterating gives dicts of tensors: `input_ids` (b, T) int64, `labels` (b, T) int64 (equal to input_ids,
     -100 where there is only padding; not shifted, as transformers expects) and `domain_ids` (b,) int64
-    into `domains`, with b = batch_rows / world_size. The stream ends when no domain may serve another row.
+    into `domains`, with b = batch_rows / world_size. The stream ends when no domain may serve another row. Nothing
+    is read before the first batch is asked for.
+
+    Args:
+        rows: packed train rows of each domain, all of one `seq_len`.
+        batch_rows: rows in the global batch of one optimizer step.
+        weights: mixture weights by domain, normalised here; proportional to rows when None.
+        seed: of the order of the rows.
+        rank: this process, from 0.
+        world_size: processes; must divide batch_rows.
+        num_workers: reader processes of this rank.
+        prefetch_steps: batches that each of them reads ahead.
+        max_epochs: passes allowed over any domain; a card's own limit wins where it is smaller.
+        on_cap: "renormalize", "stop" or "error" at that limit.
+        count: what a weight is a share of: rows, or tokens without padding.
+        block_rows: see `order`.
+        max_substitutes: damaged rows that other rows of their domain may stand in for.
+        storage: how remote shards are read; the defaults of a config when None.
+
+    Raises:
+        ConfigError: batch_rows does not divide by world_size, or another argument is wrong.
+        DataError: the domains have no rows or rows of different length.
     """
 
     def __init__(
@@ -64,52 +88,43 @@ class DomainMixture:
         prefetch_steps: int = 2,
         max_epochs: float | None = None,
         on_cap: OnCap = "renormalize",
+        count: Count = "rows",
         block_rows: int = 8192,
+        max_substitutes: int = 100,
+        storage: Storage | None = None,
     ) -> None:
-        """Set up the stream; nothing is read before it is iterated.
-
-        Args:
-            rows: packed train rows of each domain, all of one `seq_len`.
-            batch_rows: rows in the global batch of one optimizer step.
-            weights: mixture weights by domain, normalised here; proportional to rows when None.
-            seed: of the order of the rows.
-            rank: this process, from 0.
-            world_size: processes; must divide batch_rows.
-            num_workers: reader processes of this rank.
-            prefetch_steps: batches that each of them reads ahead.
-            max_epochs: passes allowed over any domain; a card's own limit wins where it is smaller.
-            on_cap: "renormalize", "stop" or "error" at that limit.
-            block_rows: see `order`.
-
-        Raises:
-            ConfigError: batch_rows does not divide by world_size, or another argument is wrong.
-            DataError: the domains have no rows or rows of different length.
-        """
-        _check_arguments(rows, batch_rows, rank, world_size, num_workers, prefetch_steps)
-        self.domains = tuple(sorted(rows))
-        self._rows = [rows[name] for name in self.domains]
+        check_ranks(batch_rows, rank, world_size)
         self._rank, self._world_size = rank, world_size
-        self._orders = [_order(domain, seed, block_rows) for domain in self._rows]
-        self._settings = PlanSettings(
-            domains=self.domains,
+        self.stream = describe_stream(
+            list(rows.values()),
             batch_rows=batch_rows,
-            num_rows=tuple(domain.num_rows for domain in self._rows),
-            cap_rows=tuple(_cap(domain, max_epochs) for domain in self._rows),
+            seed=seed,
+            block_rows=block_rows,
+            count=count,
+            max_epochs=max_epochs,
             on_cap=on_cap,
         )
+        """Rows, order and settings."""
+        self.domains = self.stream.settings.domains
         vector = self.natural_weights
         if weights is not None:
             vector = simplex_vector(weights, self.domains, where="mixture weights")
-        self._consumed = initial_state(self._settings, vector)
-        self._ahead = self._consumed
-        self._recent: OrderedDict[int, PlannerState] = OrderedDict({0: self._consumed})
-        self._pending: deque[tuple[StepPlan, PlannerState]] = deque()
-        """What was planned and not yet received, oldest first."""
+        self._plans = PlanQueue(self.settings, initial_state(self.settings, vector), self.stream.tokens_of)
+        remote = byte_reader(storage)
+        self._prefetch = ShardPrefetch(self.stream, remote)
         self._reader = ReadAhead(
-            self._rows, self._orders, self._tasks, num_workers=num_workers, prefetch_steps=prefetch_steps
+            self.stream,
+            self._tasks,
+            remote,
+            batch_rows=batch_rows // world_size,
+            num_workers=num_workers,
+            prefetch_steps=prefetch_steps,
         )
         self.last_plan: StepPlan | None = None
         """The plan of the last batch, of all ranks."""
+        self.substitutions: list[Substitution] = []
+        """Damaged rows of this rank for which others stood in, in the order of the stream."""
+        self._max_substitutes = max_substitutes
 
     @classmethod
     def from_cards(
@@ -134,7 +149,7 @@ class DomainMixture:
             cache_dir: where packed rows are kept.
             separator: token between documents; the tokenizer's end-of-sequence token when None.
             processes: packing processes.
-            options: any other argument of the constructor.
+            options: other arguments of the constructor.
         """
         packed = pack_domains(
             load_domains([cards] if isinstance(cards, str) else cards),
@@ -149,27 +164,23 @@ class DomainMixture:
     @property
     def natural_weights(self) -> Float[np.ndarray, " N"]:
         """Proportional to the cards' priors where all have one, else to the rows available."""
-        priors = [domain.prior for domain in self._rows]
-        sizes = priors if all(priors) else self._settings.num_rows
-        vector = np.array(sizes, dtype=np.float64)
-        natural: Float[np.ndarray, " N"] = vector / vector.sum()
-        return natural
+        return self.stream.natural_weights
 
     @property
     def settings(self) -> PlanSettings:
         """What the planner holds fixed."""
-        return self._settings
+        return self.stream.settings
 
     @property
     def state(self) -> PlannerState:
         """The planner's state after the last batch that the loop received."""
-        return self._consumed
+        return self._plans.consumed
 
     @property
     def weights(self) -> dict[str, float]:
         """The mixture weights in force at the next step, by domain (without domains at their cap)."""
         try:
-            weights = effective_weights(self._settings, self._consumed)
+            weights = effective_weights(self.settings, self.state)
         except MixtureExhausted:
             weights = (0,) * len(self.domains)
         return {name: weight / ROW for name, weight in zip(self.domains, weights, strict=True)}
@@ -177,28 +188,20 @@ class DomainMixture:
     @property
     def served(self) -> dict[str, int]:
         """Rows served so far over all ranks, by domain."""
-        return dict(zip(self.domains, self._consumed.served, strict=True))
+        return dict(zip(self.domains, self.state.served, strict=True))
 
     @property
     def epochs(self) -> dict[str, float]:
         """Passes made over each domain so far."""
         return {
             name: served / rows
-            for (name, served), rows in zip(self.served.items(), self._settings.num_rows, strict=True)
+            for (name, served), rows in zip(self.served.items(), self.settings.num_rows, strict=True)
         }
 
     @property
     def fingerprint(self) -> str:
         """Changes with the data and with every setting that shapes the order of the stream."""
-        return hash_json(
-            {
-                "domains": [domain.fingerprint for domain in self._rows],
-                "batch_rows": self._settings.batch_rows,
-                "cap_rows": self._settings.cap_rows,
-                "on_cap": self._settings.on_cap,
-                "orders": [[o.domain, o.seed, o.block_rows] for o in self._orders],
-            }
-        )
+        return hash_json([self.stream.identity.data, self.stream.identity.settings])
 
     def set_weights(self, weights: Mapping[str, float] | Sequence[int]) -> None:
         """Change the mixture weights; the next batch follows them.
@@ -218,7 +221,7 @@ class DomainMixture:
                 raise ConfigError(
                     f"mixture weights {exact} must be {len(self.domains)} integers >= 0 summing to {ROW}."
                 )
-        self._rewind(with_weights(self._consumed, exact))
+        self._rewind(with_weights(self.state, exact))
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """JSON-able state from which the stream goes on exactly.
@@ -229,64 +232,68 @@ class DomainMixture:
         Raises:
             ConfigError: that step is not among the last 64.
         """
-        state = self._consumed if step is None else self._recent.get(step)
-        if state is None:
-            raise ConfigError(f"state_dict(step={step}): known steps are {list(self._recent)}.")
-        return {
-            "format": STATE_FORMAT,
-            "domains": list(self.domains),
-            "fingerprint": self.fingerprint,
-            "planner": state.to_json(),
-        }
+        return to_json(self.stream.identity, self._plans.state_at(step))
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, allow_changes: bool = False) -> list[str]:
         """Go on from a saved state.
 
+        Args:
+            state: what `state_dict` gave.
+            allow_changes: go on although domains, their data or settings have changed: a domain that is
+                the same keeps its place, a new one starts at its first row with its natural weight.
+
+        Returns:
+            What has changed, one phrase each; empty when the stream goes on exactly.
+
         Raises:
-            DataError: the state belongs to other data, another batch size or another seed.
+            DataError: something has changed and `allow_changes` is not set.
         """
-        if state.get("format") != STATE_FORMAT or state.get("fingerprint") != self.fingerprint:
-            raise DataError(
-                f"the saved mixture state is of domains {state.get('domains')} with fingerprint "
-                f"{str(state.get('fingerprint'))[:12]}, this mixture is of {list(self.domains)} with "
-                f"{self.fingerprint[:12]}: data, batch_rows, seed, max_epochs, on_cap or block_rows differ. "
-                "Restore them to go on exactly."
-            )
-        planner = PlannerState.from_json(dict(state["planner"]))
-        self._recent.clear()
+        natural = quantise(self.natural_weights)
+        planner, changes = from_json(state, self.stream.identity, natural, allow_changes=allow_changes)
+        self._plans.forget()
         self._rewind(planner)
+        return changes
 
     def row_names(self, plan: StepPlan) -> list[str]:
         """The names of a plan's rows (`code/train-000003.tar#17`), all ranks, in slot order."""
-        return [
-            self._rows[domain].name_of(*locate(self._orders[domain], j))
-            for domain, j in zip(plan.domain_ids.tolist(), plan.row_numbers.tolist(), strict=True)
-        ]
+        return self.stream.row_names(plan)
 
     def close(self) -> None:
         """Stop the workers and close the files; iterating again starts them anew."""
         self._reader.close()
-        self._ahead = self._consumed
-        self._pending.clear()
+        self._prefetch.close()
+        self._plans.rewind(self.state)
 
     def __iter__(self) -> "DomainMixture":
         return self
 
     def __next__(self) -> dict[str, Any]:
         batch = self._receive()
-        if batch is None:
-            # either nothing is left, or the plan ran dry under weights that have since changed
-            if self._is_exhausted():
+        if batch is None:  # nothing is left, or the plan ran dry under weights that have since changed
+            if self._plans.is_exhausted():
                 raise StopIteration
             batch = self._receive()
             assert batch is not None  # the step that was just planned
-        self.last_plan, self._consumed = self._pending.popleft()
-        self._recent[self._consumed.step] = self._consumed
-        while len(self._recent) > _KEPT_STATES:
-            self._recent.popitem(last=False)
-        return batch
+        self._accept(batch.substitutions)
+        self.last_plan = self._plans.consume()
+        return tensors_of(batch, self.last_plan.domain_ids[self._slots(self.last_plan)])
 
-    def _receive(self) -> dict[str, Any] | None:
+    def _accept(self, substitutions: Sequence[Substitution]) -> None:
+        """Let other rows stand in for damaged ones, up to the limit."""
+        count = len(self.substitutions) + len(substitutions)
+        if substitutions and count > self._max_substitutes:
+            self.close()
+            raise RowError(
+                f"{substitutions[-1].reason} It is damaged row {count}; max_substitutes allows "
+                f"{self._max_substitutes}."
+            )
+        for record in substitutions:
+            _LOG.warning(
+                "%s Row %s#%d stands in.", record.reason, record.substitute_shard, record.substitute_row
+            )
+        self.substitutions += substitutions
+
+    def _receive(self) -> RowBatch | None:
         batch = None
         try:
             batch = self._reader.receive()
@@ -295,64 +302,18 @@ class DomainMixture:
                 self.close()
         return batch
 
-    def _is_exhausted(self) -> bool:
-        """Whether no step can be planned; raises DataError where `on_cap` is "error"."""
-        try:
-            plan_step(self._settings, self._consumed)
-        except MixtureExhausted:
-            return True
-        return False
-
     def _rewind(self, state: PlannerState) -> None:
         """Go on from `state`; what workers have read ahead of it becomes stale."""
         self._reader.invalidate()
-        self._consumed = self._ahead = state
-        self._recent[state.step] = state
-        self._pending.clear()
+        self._plans.rewind(state)
 
     def _tasks(self) -> Iterator[Task]:
         """Plan one step whenever the DataLoader has room for another task."""
-        while True:
-            try:
-                plan, self._ahead = plan_step(self._settings, self._ahead)
-            except DataError:
-                return  # when the loop gets there, `_is_exhausted` plans this step again and says so
-            self._pending.append((plan, self._ahead))
-            slots = deal(plan, self._rank, self._world_size)
-            rows = zip(plan.domain_ids[slots].tolist(), plan.row_numbers[slots].tolist(), strict=True)
-            yield Task(self._reader.version, tuple(rows))
+        while plan := self._plans.plan():
+            self._prefetch.follow(self._plans.ahead.served, self._plans.ahead.weights)
+            slots = self._slots(plan)
+            yield Task(self._reader.version, plan.domain_ids[slots], plan.row_numbers[slots])
 
-
-def _check_arguments(
-    rows: Mapping[str, DomainRows],
-    batch_rows: int,
-    rank: int,
-    world_size: int,
-    num_workers: int,
-    prefetch_steps: int,
-) -> None:
-    if not 0 <= rank < world_size:
-        raise ConfigError(f"rank = {rank} of {world_size} processes; ranks count from 0.")
-    if num_workers < 0 or prefetch_steps < 1:
-        raise ConfigError(
-            f"num_workers = {num_workers}, prefetch_steps = {prefetch_steps}; workers must be >= 0 and "
-            "each must read at least 1 step ahead."
-        )
-    if batch_rows < 1 or batch_rows % world_size:
-        raise ConfigError(
-            f"batch_rows = {batch_rows} rows cannot be dealt evenly to {world_size} processes; use a "
-            f"positive multiple of {world_size}."
-        )
-    lengths = {name: domain.seq_len for name, domain in rows.items()}
-    if not rows or len(set(lengths.values())) != 1:
-        raise DataError(f"domains must have rows of one length; seq_len by domain: {lengths}.")
-
-
-def _order(rows: DomainRows, seed: int, block_rows: int) -> DomainOrder:
-    sizes = tuple(shard.num_rows for shard in rows.shards)
-    return DomainOrder(domain=rows.domain, shard_rows=sizes, seed=seed, block_rows=block_rows)
-
-
-def _cap(rows: DomainRows, max_epochs: float | None) -> int | None:
-    limits = [limit for limit in (rows.max_epochs, max_epochs) if limit is not None]
-    return int(min(limits) * rows.num_rows) if limits else None
+    def _slots(self, plan: StepPlan) -> Int[np.ndarray, " b"]:
+        """The places of this rank's rows in the global batch."""
+        return deal(plan, self._rank, self._world_size)

@@ -151,11 +151,14 @@ def head_of(model: nn.Module, vocab_size: int | None = None, *, check: bool = Tr
     return head
 
 
-def hidden_states(model: nn.Module, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+def hidden_states(
+    model: nn.Module, input_ids: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"] | None = None
+) -> Float[Tensor, "B T D"]:
     """The last hidden states, after the final norm. Rows are padded at the end only, so causal attention
-    needs no mask."""
+    needs no mask; where `position_ids` restart, so does attention (`boundaries.check_isolation`)."""
+    positions = {} if position_ids is None else {"position_ids": position_ids}
     hidden: Float[Tensor, "B T D"] = backbone_of(model)(
-        input_ids=input_ids, use_cache=False
+        input_ids=input_ids, use_cache=False, **positions
     ).last_hidden_state
     return hidden
 

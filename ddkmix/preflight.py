@@ -12,8 +12,10 @@ from ddkmix.domains import Domain, load_domains
 from ddkmix.errors import ConfigError, ModelError
 from ddkmix.hub import check_layers, common_vocab, read_model_config
 from ddkmix.losses import LossTerm, build_terms
+from ddkmix.pack import read_packed
 from ddkmix.policies import WeightPolicy, build_policy, next_state
-from ddkmix.tokenizer import TokenizerCard, read_tokenizer
+from ddkmix.storage.location import is_remote
+from ddkmix.tokenizer import TokenizerCard, check_separator, read_tokenizer
 from ddkmix.types import DomainLosses
 
 
@@ -29,6 +31,11 @@ class Prepared:
     vocab_size: int | None
     """Classes that teacher and student share, where their padding differs."""
 
+    @property
+    def separator_id(self) -> int | None:
+        """The token that keeps the documents of a row apart; None where they see each other."""
+        return self.tokenizer.separator_id if self.config.trainer.document_boundaries else None
+
 
 def check(config: RunConfig) -> Prepared:
     """Find and check everything that a config names, without loading a model.
@@ -36,7 +43,7 @@ def check(config: RunConfig) -> Prepared:
     Raises:
         DdkmixError: the first thing that is wrong.
     """
-    domains = load_domains(config.domains)
+    domains = load_domains(config.domains, config.storage)
     policy = build_policy(config.policy)
     _try_policy(policy, tuple(domain.name for domain in domains))
     terms = build_terms(config.loss)
@@ -46,6 +53,9 @@ def check(config: RunConfig) -> Prepared:
     tokenizer = read_tokenizer(
         config.teacher.model, revision=config.teacher.revision, separator=config.pack.separator
     )
+    if config.trainer.document_boundaries:
+        check_separator(tokenizer)
+    _check_local_rows(config, domains, tokenizer)
     student = _student_config(config, teacher)
     _check_student_tokenizer(config, tokenizer)
     for who, model in (("teacher", teacher), ("student", student)):
@@ -103,6 +113,18 @@ def _check_trackers(config: RunConfig) -> None:
     for name in config.tracking.trackers:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"tracking.trackers: {name!r} is not installed; pip install {name}.")
+
+
+def _check_local_rows(config: RunConfig, domains: tuple[Domain, ...], tokenizer: TokenizerCard) -> None:
+    """What lies on stores is looked at when the run begins, or with `lint --remote`."""
+    local = [domain for domain in domains if domain.rows is not None and not is_remote(domain.rows)]
+    read_packed(
+        local,
+        tokenizer,
+        seq_len=config.pack.seq_len,
+        cache_dir=config.cache_dir,
+        storage=config.storage,
+    )
 
 
 def _student_config(config: RunConfig, teacher: dict[str, Any]) -> dict[str, Any]:

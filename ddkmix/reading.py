@@ -4,16 +4,18 @@ Workers are pure functions `(domain, j) -> row` and hold no state. A task carrie
 it belongs to; when plans change, older tasks become stale: workers skip them and the loop drops them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing import Value
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
-from ddkmix.errors import DataError
-from ddkmix.index import DomainRows, RowReader
-from ddkmix.order import DomainOrder, locate
+from ddkmix.errors import ConfigError, DataError
+from ddkmix.row_tasks import Ring, RowBatch, Task, TaskReader
+from ddkmix.storage.reader import ByteReader
+from ddkmix.stream import Stream
 
 IGNORE = -100
 """Label of a position that predicts nothing (transformers' convention)."""
@@ -21,13 +23,16 @@ _DEAD_WORKER = (RuntimeError, EOFError, ConnectionError, FileNotFoundError)
 """What torch and multiprocessing raise in the main process when a worker was killed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What one worker call must read."""
+def tensors_of(batch: RowBatch, domain_ids: Int[np.ndarray, " b"]) -> dict[str, Any]:
+    """What a loop receives: `input_ids` and `labels` (b, T) int64, `domain_ids` (b,) int64."""
+    from torch import arange, from_numpy, int64
 
-    version: int
-    rows: tuple[tuple[int, int], ...]
-    """(domain, j) of each row."""
+    assert batch.tokens is not None
+    input_ids = from_numpy(batch.tokens).to(int64)
+    labels, seq_len = input_ids.clone(), input_ids.shape[1]
+    if batch.num_tokens.min(initial=seq_len) < seq_len:
+        labels.masked_fill_(arange(seq_len) >= from_numpy(batch.num_tokens)[:, None], IGNORE)
+    return {"input_ids": input_ids, "labels": labels, "domain_ids": from_numpy(domain_ids)}
 
 
 class ReadAhead:
@@ -35,18 +40,39 @@ class ReadAhead:
 
     def __init__(
         self,
-        rows: Sequence[DomainRows],
-        orders: Sequence[DomainOrder],
+        stream: Stream,
         tasks: Callable[[], Iterator[Task]],
+        remote: ByteReader,
         *,
+        batch_rows: int,
         num_workers: int,
         prefetch_steps: int,
     ) -> None:
-        """`tasks` is called when reading starts; its iterator is advanced whenever there is room ahead."""
-        self._rows, self._orders, self._tasks = rows, orders, tasks
+        """Read nothing yet.
+
+        Args:
+            stream: what the rows are of.
+            tasks: called when reading starts; its iterator is advanced whenever there is room ahead.
+            remote: how remote shards are read.
+            batch_rows: rows of each task.
+            num_workers: reader processes; 0 reads in this one.
+            prefetch_steps: tasks that each of them has under way.
+
+        Raises:
+            ConfigError: one of the last two is out of range.
+        """
+        if num_workers < 0 or prefetch_steps < 1:
+            raise ConfigError(
+                f"num_workers = {num_workers}, prefetch_steps = {prefetch_steps}; workers must be >= 0 and "
+                "each must read at least 1 step ahead."
+            )
+        self._stream, self._tasks, self._remote, self._batch_rows = stream, tasks, remote, batch_rows
         self._num_workers, self._prefetch_steps = num_workers, prefetch_steps
         self._version = Value("q", 0, lock=False)
-        self._batches: Iterator[dict[str, Any]] | None = None
+        self._batches: Iterator[RowBatch] | None = None
+        self._ring: Ring | None = None
+        self._free: list[int] = []
+        """Slots of the ring that no task holds."""
 
     @property
     def version(self) -> int:
@@ -61,8 +87,8 @@ class ReadAhead:
         """Stop the workers and close the files; `receive` starts anew."""
         self._batches = None
 
-    def receive(self) -> dict[str, Any] | None:
-        """The batch of the next task that is not stale, or None when there are no tasks.
+    def receive(self) -> RowBatch | None:
+        """The rows of the next task that is not stale, or None when there are no tasks.
 
         Raises:
             DataError: a row cannot be read, or a reader process ended.
@@ -81,63 +107,48 @@ class ReadAhead:
             ) from None
         if item is None:
             self.close()
-        elif "error" in item:
+        elif item.error is not None:
             self.close()  # what was read ahead of it is dropped: whoever goes on starts at this step
-            raise DataError(item["error"])
+            raise DataError(item.error)
         return item
 
-    def _next(self) -> dict[str, Any] | None:
+    def _next(self) -> RowBatch | None:
         if self._batches is None:
             self._batches = self._start()
         for item in self._batches:
-            if int(item.pop("version")) == self.version:
-                return item
+            self._free.append(item.slot)  # taken again at the earliest when the loop comes back
+            if item.version == self.version:
+                return item if self._ring is None else replace(item, tokens=self._ring.slot(item.slot))
         return None
 
-    def _start(self) -> Iterator[dict[str, Any]]:
+    def _start(self) -> Iterator[RowBatch]:
         from torch import Generator
         from torch.utils.data import DataLoader
 
-        dataset = _Rows([RowReader(rows) for rows in self._rows], self._orders, self._version)
-        loader: DataLoader[dict[str, Any]] = DataLoader(
-            dataset,  # type: ignore[arg-type]  # a map-style dataset without a length
+        under_way = self._num_workers * self._prefetch_steps
+        self._free = list(range(under_way + 1))  # and the one that the loop is looking at
+        self._ring = None
+        if self._num_workers:
+            shape = (self._batch_rows, self._stream.rows[0].seq_len)
+            self._ring = Ring(len(self._free), shape, self._stream.dtype)
+        loader: DataLoader[RowBatch] = DataLoader(
+            TaskReader(self._stream, self._remote, self._version, self._ring),  # type: ignore[arg-type]  # it has no length
             batch_size=None,
-            sampler=_Iterable(self._tasks),
+            sampler=_Iterable(self._placed_tasks),
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch_steps if self._num_workers else None,
+            collate_fn=_as_it_is,  # the default one walks through every value
             generator=Generator(),  # its own, or starting workers would move the run's random state
         )
         return iter(loader)
 
+    def _placed_tasks(self) -> Iterator[Task]:
+        for task in self._tasks():
+            yield replace(task, slot=self._free.pop(0))
 
-class _Rows:
-    """A map-style dataset whose keys are tasks; the only code that runs in workers."""
 
-    def __init__(self, readers: Sequence[RowReader], orders: Sequence[DomainOrder], version: Any) -> None:
-        self._readers, self._orders, self._version = readers, orders, version
-
-    def __getitem__(self, task: Task) -> dict[str, Any]:
-        if task.version < self._version.value:
-            return {"version": task.version}  # dropped by the loop; reading it would be wasted
-        try:
-            return {"version": task.version, **self._read(task)}
-        except DataError as error:  # as a value, or the worker's traceback would bury the message
-            return {"version": task.version, "error": str(error)}
-
-    def _read(self, task: Task) -> dict[str, Any]:
-        seq_len = self._readers[0].rows.seq_len
-        input_ids = np.empty((len(task.rows), seq_len), dtype=np.int64)
-        labels = np.full_like(input_ids, IGNORE)
-        for i, (domain, j) in enumerate(task.rows):
-            shard, row = locate(self._orders[domain], j)
-            input_ids[i] = self._readers[domain].read(shard, row)
-            valid = int(self._readers[domain].rows.shards[shard].num_tokens[row])
-            labels[i, :valid] = input_ids[i, :valid]
-        return {
-            "input_ids": input_ids,
-            "labels": labels,
-            "domain_ids": np.array([domain for domain, _ in task.rows], dtype=np.int64),
-        }
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class _Iterable:

@@ -12,12 +12,13 @@ from ddkmix.distillation import DistillationModel
 from ddkmix.evaluator import Evaluator, NatsCache, select_rows
 from ddkmix.fingerprint import hash_json
 from ddkmix.hub import model_fingerprint
-from ddkmix.loader import DomainMixture
 from ddkmix.metrics import LossWindow
 from ddkmix.models import build_student, load_teacher, save_student
-from ddkmix.pack import PackedDomain, pack_domains
+from ddkmix.pack import PackedDomain
 from ddkmix.policies import WeightPolicy
 from ddkmix.preflight import Prepared, check
+from ddkmix.prepare import open_mixture, open_rows
+from ddkmix.provenance import DataBlock, describe, record_data
 from ddkmix.teacher import LiveTeacher
 from ddkmix.tracking import progress_bar
 from ddkmix.trainer import Run, run_loop, stop_on_signal, token_nats
@@ -45,7 +46,7 @@ def train(
     found = find_run(config, resume=resume) if accelerator.is_main_process else None
     checkpoint = _from_main(accelerator, found)
     with accelerator.main_process_first():
-        packed = pack(prepared, shown=accelerator.is_main_process)
+        packed = open_rows(prepared, shown=accelerator.is_main_process)
     run = _open(prepared, packed, accelerator)
     run.on_losses = on_losses
     if checkpoint is not None:
@@ -53,12 +54,16 @@ def train(
     if run.main:
         claim_run(config)
         start = run.mixture.state.step
+        block = _describe(run, prepared, packed)
+        record_data(config.run_dir, block)
+        run.row_sizes = block.row_sizes
         for name, first in (
             ("metrics.jsonl", start + 1),
             ("timings.jsonl", start + 1),
             ("intervals.jsonl", start),
         ):
             run.log(name).rewind(first)
+        run.last_interval = run.log("intervals.jsonl").last()
     accelerator.init_trackers(config.tracking.project)
     total = config.trainer.steps
     with progress_bar("train", total=total, shown=run.main) as bar, stop_on_signal(run):
@@ -80,44 +85,12 @@ def measure_gaps(config: RunConfig) -> tuple[DomainLosses, WeightPolicy]:
     prepared = check(config)
     accelerator = _accelerator(config)
     with accelerator.main_process_first():
-        packed = pack(prepared, shown=accelerator.is_main_process)
+        packed = open_rows(prepared, shown=accelerator.is_main_process)
     evaluator = open_evaluator(config, packed, accelerator)
     sums = _teacher_sums(prepared, evaluator, load_teacher(config.teacher))
     student = build_student(config.student, config.teacher, seed=config.seed).eval()
     model = accelerator.prepare_model(_distillation(prepared, student), evaluation_mode=True)
     return evaluator.measure(token_nats(model), sums), prepared.policy
-
-
-def pack(prepared: Prepared, *, shown: bool) -> dict[str, PackedDomain]:
-    """The packed rows of a config; what the cache lacks is packed now, under a progress bar."""
-    config = prepared.config
-    with progress_bar("pack", total=None, shown=shown) as bar:
-        return pack_domains(
-            prepared.domains,
-            prepared.tokenizer,
-            seq_len=config.pack.seq_len,
-            cache_dir=config.cache_dir,
-            processes=config.pack.processes,
-            on_shard=lambda done, total: bar.update(done, total=total),
-        )
-
-
-def open_mixture(
-    config: RunConfig, packed: dict[str, PackedDomain], *, rank: int = 0, world_size: int = 1
-) -> DomainMixture:
-    """The mixture of a config's train rows, with natural weights until somebody sets others."""
-    return DomainMixture(
-        {name: domain.train for name, domain in packed.items()},
-        batch_rows=config.trainer.batch_rows,
-        seed=config.seed,
-        rank=rank,
-        world_size=world_size,
-        num_workers=config.loader.workers,
-        prefetch_steps=config.loader.prefetch_steps,
-        max_epochs=config.mixture.max_epochs,
-        on_cap=config.mixture.on_cap,
-        block_rows=config.mixture.block_rows,
-    )
 
 
 def open_evaluator(config: RunConfig, packed: dict[str, PackedDomain], accelerator: Any) -> Evaluator:
@@ -138,7 +111,7 @@ def teacher_cache(prepared: Prepared, device: torch.device) -> NatsCache:
     """Where the teacher's held-out losses are kept: keyed by its parameters and how it computes."""
     teacher, cache_dir = prepared.config.teacher, prepared.config.cache_dir
     fingerprint = model_fingerprint(teacher.model, teacher.revision, cache_dir)
-    key = hash_json([fingerprint, teacher.dtype, device.type, prepared.vocab_size])
+    key = hash_json([fingerprint, teacher.dtype, device.type, prepared.vocab_size, prepared.separator_id])
     return NatsCache(cache_dir / "teacher_nats", key)
 
 
@@ -186,10 +159,19 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
         terms=prepared.terms,
         student=model,
         optimizer=optimizer,
-        teacher=LiveTeacher(teacher, vocab_size=prepared.vocab_size),
+        teacher=LiveTeacher(teacher, vocab_size=prepared.vocab_size, separator_id=prepared.separator_id),
         teacher_sums=teacher_sums,
         evaluator=evaluator,
         window=LossWindow(terms, mixture.domains, accelerator.device),
+    )
+
+
+def _describe(run: Run, prepared: Prepared, packed: dict[str, PackedDomain]) -> DataBlock:
+    """The data of the steps to come."""
+    rows = {name: domain.train for name, domain in packed.items()}
+    state = run.mixture.state
+    return describe(
+        run.config, rows, run.mixture.settings, prepared.tokenizer, from_step=state.step, planner=state
     )
 
 
@@ -198,6 +180,7 @@ def _distillation(prepared: Prepared, model: torch.nn.Module) -> DistillationMod
         model,
         vocab_size=prepared.vocab_size,
         chunk_tokens=prepared.config.trainer.logits_chunk_tokens,
+        separator_id=prepared.separator_id,
     )
 
 

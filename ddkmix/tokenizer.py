@@ -13,6 +13,8 @@ from ddkmix.errors import ConfigError, ModelError
 from ddkmix.fingerprint import hash_json
 from ddkmix.hub import model_file, read_json_object
 
+_STRANGE = "\x00 \U000e0001 \U0010fffd \u0378"
+"""Characters that a vocabulary without bytes does not have."""
 _NOT_ENCODING = ("version", "truncation", "padding", "post_processor", "decoder")
 
 
@@ -65,6 +67,39 @@ def read_tokenizer(name: str, *, revision: str | None = None, separator: str | N
         separator_id=ids[token],
         vocab_size=max(ids.values()) + 1,
     )
+
+
+def check_separator(tokenizer: TokenizerCard) -> None:
+    """Check that no text contains the separator, so that each one in a row is a document's end.
+
+    Special tokens written in a document are read as text; a word of the vocabulary is not, a Unigram model
+    may spell even a special token, and some tokenizers use the end-of-sequence token for unknown text.
+
+    Raises:
+        ConfigError: it is no special token, or a text contains it.
+    """
+    from tokenizers import Tokenizer
+
+    special = [
+        entry["content"]
+        for entry in read_json_object(tokenizer.path).get("added_tokens", [])
+        if entry.get("special")
+    ]
+    separator = tokenizer.separator
+    if separator not in special:
+        raise ConfigError(
+            f"pack.separator = {separator!r} is not a special token of {tokenizer.name}; "
+            f"trainer.document_boundaries needs one, which no text contains: {special[:8]}."
+        )
+    library = Tokenizer.from_file(str(tokenizer.path))
+    library.encode_special_tokens = True
+    for text in (separator, f" {separator} ", f"a{separator}b", _STRANGE):
+        if tokenizer.separator_id in library.encode(text, add_special_tokens=False).ids:
+            raise ConfigError(
+                f"pack.separator = {separator!r}: {tokenizer.name} also reads it in the text {text!r}, so "
+                "trainer.document_boundaries cannot tell where documents begin; use another special token: "
+                f"{special[:8]}."
+            )
 
 
 def _token_ids(tree: dict[str, Any]) -> dict[str, int]:

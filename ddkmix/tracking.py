@@ -31,6 +31,11 @@ class JsonLines:
         except OSError as error:
             raise RunError(f"{self.path} cannot be written ({error.strerror}); free space.") from None
 
+    def last(self) -> dict[str, Any] | None:
+        """The last whole line, if there is one."""
+        records = list(read_lines(self.path)) if self.path.exists() else []
+        return records[-1] if records else None
+
     def rewind(self, step: int) -> None:
         """Drop every line of `step` or later, and a last line that a killed process left unfinished."""
         if not self.path.exists():
@@ -76,6 +81,11 @@ class Bar:
         self._progress.update(self._task, completed=done, total=total)
         if note is not None:
             self._progress.update(self._task, note=note)
+
+    def warn(self, line: str) -> None:
+        """A line on stderr, above the bar where there is one."""
+        console = self._progress.console
+        console.print(f"ddkmix: warning: {line}", markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def weights_note(weights: Mapping[str, float]) -> str:

@@ -27,6 +27,7 @@ from ddkmix.losses import CrossEntropy, LossTerm
 from ddkmix.metrics import LossWindow
 from ddkmix.planner import quantise
 from ddkmix.policies import PolicyState, WeightPolicy, next_state, weights_of
+from ddkmix.projection import Projection, news, project
 from ddkmix.schedule import lr_multiplier
 from ddkmix.teacher import LiveTeacher
 from ddkmix.tracking import Bar, JsonLines, weights_note
@@ -53,6 +54,10 @@ class Run:
     window: LossWindow
     policy_state: PolicyState | None = None
     total_tokens: int = 0
+    row_sizes: tuple[float, ...] | None = None
+    """Mean tokens of a row of each domain, where weights are shares of tokens."""
+    last_interval: dict[str, Any] | None = None
+    """The last record of intervals.jsonl, on the main rank."""
     on_losses: Callable[[int, DomainLosses, dict[str, float]], None] = lambda *_: None
     """Called with (step, losses, weights in force) at every evaluation, on the main rank."""
     stop_signal: list[int] = field(default_factory=list)
@@ -82,7 +87,7 @@ def run_loop(run: Run, bar: Bar) -> DomainLosses:
     config, steps = run.config, run.config.trainer.steps
     for step in range(run.mixture.state.step, steps):
         if step % config.mixture.interval_steps == 0:
-            _reweight(run, step, _measure(run, step))
+            _reweight(run, bar, step, _measure(run, step))
         waited = time.perf_counter()
         batch = next(run.mixture, None)
         waited = time.perf_counter() - waited
@@ -164,7 +169,7 @@ def _measure(run: Run, step: int) -> DomainLosses:
     return losses
 
 
-def _reweight(run: Run, step: int, losses: DomainLosses) -> None:
+def _reweight(run: Run, bar: Bar, step: int, losses: DomainLosses) -> None:
     """Ask the policy, and have every rank follow the same integers from this step on."""
     run.policy_state = next_state(run.policy, run.policy_state, losses, run.mixture.natural_weights)
     simplex = weights_of(run.policy_state, losses)
@@ -176,7 +181,12 @@ def _reweight(run: Run, step: int, losses: DomainLosses) -> None:
         exact = broadcast(exact, from_process=0)
     run.mixture.set_weights(exact.tolist())
     _check_agreement(run, "weight update")
+    before = run.last_interval
     _write_interval(run, step, losses)
+    if run.main:
+        steps, state = run.config.trainer.steps, run.mixture.state
+        for line in news(run.mixture.settings, state, steps, _projection(run), before):
+            bar.warn(line)
 
 
 def _train_step(run: Run, batch: dict[str, Tensor], step: int) -> tuple[float, int]:
@@ -263,17 +273,23 @@ def _write_interval(run: Run, step: int, losses: DomainLosses) -> None:
     weights = run.mixture.weights
     if not run.main:
         return
-    run.log("intervals.jsonl").append(
-        {
-            "step": step,
-            "weights": weights,
-            "served": run.mixture.served,
-            "epochs": run.mixture.epochs,
-            "losses": losses.to_json(),
-            "policy": run.policy_state,
-        }
-    )
+    run.last_interval = {
+        "step": step,
+        "weights": weights,
+        "served": run.mixture.served,
+        "epochs": run.mixture.epochs,
+        "projected": _projection(run).capped(),
+        "losses": losses.to_json(),
+        "policy": run.policy_state,
+        "planner": run.mixture.state.to_json(),  # after the change: the steps that follow replay from it
+    }
+    run.log("intervals.jsonl").append(run.last_interval)
     run.on_losses(step, losses, weights)
+
+
+def _projection(run: Run) -> Projection:
+    """Where the weights now in force lead."""
+    return project(run.mixture.settings, run.mixture.state, run.config.trainer.steps, run.row_sizes)
 
 
 def _check_agreement(run: Run, when: str) -> None:

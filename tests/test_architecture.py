@@ -28,49 +28,66 @@ LAYERS = {
     "types": 1,
     "fingerprint": 1,
     "overrides": 1,
+    "validation": 1,
     "plugins": 1,
     "config": 2,
     # documents -> rows
-    "domains": 3,
+    "storage": 3,
+    "card": 3,
     "documents": 3,
     "hub": 3,
+    "row_layout": 3,
+    "segments": 3,
+    "document_shards": 4,
     "tokenizer": 4,
     "token_stream": 4,
     "index": 4,
-    "pack": 5,
+    "domains": 5,
+    "pack": 6,
     # rows -> batches
-    "order": 5,
     "apportion": 4,
+    "order": 5,
     "planner": 5,
-    "reading": 6,
-    "loader": 7,
+    "rows": 6,
+    "mixture_state": 6,
+    "plan_queue": 6,
+    "projection": 6,
+    "provenance": 7,
+    "stream": 7,
+    "prefetching": 8,
+    "row_tasks": 8,
+    "reading": 9,
+    "loader": 10,
     # losses -> weights
-    "policies": 8,
+    "policies": 10,
     # batches -> losses: from here on with torch
-    "batch": 9,
-    "losses": 10,
-    "models": 10,
-    "teacher": 11,
-    "distillation": 11,
-    "metrics": 11,
-    "schedule": 11,
-    "evaluator": 12,
+    "batch": 11,
+    "losses": 12,
+    "models": 12,
+    "boundaries": 13,
+    "metrics": 13,
+    "schedule": 13,
+    "teacher": 14,
+    "distillation": 14,
+    "evaluator": 15,
     # the loop and what stands around it
-    "checkpoint": 13,
-    "tracking": 13,
-    "preflight": 13,
-    "trainer": 14,
-    "setup": 15,
-    "report": 15,
-    "cli": 16,
-    "__init__": 16,
-    "__main__": 17,
+    "checkpoint": 16,
+    "tracking": 16,
+    "preflight": 16,
+    "replay": 17,
+    "prepare": 17,
+    "trainer": 17,
+    "setup": 18,
+    "report": 18,
+    "cli": 19,
+    "__init__": 19,
+    "__main__": 20,
 }
 SIBLINGS: set[tuple[str, str]] = set()
 """(importer, imported) of one layer."""
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 320, 60
-STILL_LONGER = {"loader.py": 358}
+STILL_LONGER: dict[str, int] = {}
 """Files and functions that wait to be split. They must not grow, and the list must not."""
 
 
@@ -188,7 +205,7 @@ def module_level_imports(source):
     return found
 
 
-@pytest.mark.parametrize("part", [*WITHOUT_TORCH, "cli", "preflight", "report", "tracking"])
+@pytest.mark.parametrize("part", [*WITHOUT_TORCH, "cli", "preflight", "replay", "report", "tracking"])
 def test_everything_up_to_the_policies_is_free_of_torch(part):
     """Importing these modules loads neither torch nor transformers nor accelerate."""
     for path in FILES:

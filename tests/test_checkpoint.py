@@ -148,6 +148,13 @@ def test_the_run_directory_describes_the_run(tiny_config: Make) -> None:
     versions = yaml.safe_load((config.run_dir / "versions.json").read_text())
     assert {"python", "ddkmix", "torch", "transformers", "accelerate"} <= versions.keys()
     names = {path.name for path in config.run_dir.iterdir()}
-    expected = {"config.yaml", "versions.json", "metrics.jsonl", "intervals.jsonl", "timings.jsonl"}
+    expected = {
+        "config.yaml",
+        "data.json",
+        "versions.json",
+        "metrics.jsonl",
+        "intervals.jsonl",
+        "timings.jsonl",
+    }
     assert expected | {"checkpoints", "student"} == names
     assert 2 == len(list(read_lines(config.run_dir / "metrics.jsonl")))

@@ -13,8 +13,9 @@ from ddkmix.config import Teacher
 from ddkmix.distillation import DistillationModel, predicted
 from ddkmix.errors import DataError
 from ddkmix.evaluator import Evaluator, HeldOut, NatsCache, row_nats, select_rows, summarise
-from ddkmix.index import DomainRows, RowReader, ShardIndex, row_checksums
+from ddkmix.index import DomainRows, ShardIndex, row_checksums
 from ddkmix.models import load_teacher
+from ddkmix.rows import RowReader
 from ddkmix.trainer import token_nats
 
 CPU = torch.device("cpu")

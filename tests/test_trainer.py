@@ -16,7 +16,8 @@ from ddkmix.models import build_student, load_teacher
 from ddkmix.planner import ROW
 from ddkmix.policies.ddk import Ddk
 from ddkmix.preflight import check
-from ddkmix.setup import open_mixture, pack, train
+from ddkmix.prepare import open_mixture, open_rows
+from ddkmix.setup import train
 from ddkmix.tracking import read_lines
 from tests.conftest import ConfigTree, reset_accelerate, write_domain
 
@@ -80,7 +81,7 @@ def test_the_recorded_loss_is_the_objective_of_the_batch(tmp_path: Path, tiny_co
     logits of freshly built models on the rows that the plan names, over valid tokens."""
     tree = tiny_config(trainer={"steps": 1, "batch_rows": 12}, policy={"name": "static"})
     config, metrics, _ = trained(tree, tmp_path / "run")
-    mixture = open_mixture(config, pack(check(config), shown=False))
+    mixture = open_mixture(config, open_rows(check(config), shown=False))
     mixture.set_weights(dict.fromkeys(mixture.domains, 1 / 3))
     batch = next(mixture)
     teacher = load_teacher(config.teacher)
@@ -122,7 +123,7 @@ def test_micro_batches_change_nothing_but_rounding(
     )
     for expected, actual in zip(whole, pieces, strict=True):
         assert actual == pytest.approx(expected, rel=2e-4, abs=1e-5)
-    mixture = open_mixture(config, pack(check(config), shown=False))
+    mixture = open_mixture(config, open_rows(check(config), shown=False))
     mixture.set_weights({name: whole[0][f"mixture/weight/{name}"] for name in mixture.domains})
     parts = -(-6 // microbatch)
     valid = (next(mixture)["labels"][:, 1:] != -100).sum(dim=1)

@@ -30,7 +30,8 @@ from ddkmix.checkpoint import claim_run
 from ddkmix.cli import _quiet_libraries
 from ddkmix.config import RunConfig, load_config
 from ddkmix.preflight import check
-from ddkmix.setup import _accelerator, _open, _optimizer, pack
+from ddkmix.prepare import open_rows
+from ddkmix.setup import _accelerator, _open, _optimizer
 from ddkmix.tracking import progress_bar
 
 
@@ -97,7 +98,7 @@ def measure(config: RunConfig, steps: int, warmup: int) -> dict[str, Any]:
 def _prepare(config: RunConfig) -> trainer.Run:
     prepared = check(config)
     accelerator = _accelerator(config)
-    run = _open(prepared, pack(prepared, shown=False), accelerator)
+    run = _open(prepared, open_rows(prepared, shown=False), accelerator)
     claim_run(config)
     run.mixture.set_weights(dict.fromkeys(run.mixture.domains, 1.0))
     return run

@@ -52,11 +52,13 @@ def render_gaps(
     return render_table(header, rows, title)
 
 
-def render_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> str:
-    """A table of text; the first column is left-aligned, the others right-aligned."""
+def render_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", *, left: Sequence[str] = ()
+) -> str:
+    """A table of text; the first column and those named in `left` are left-aligned, the others right."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+        table.add_column(name, justify="right" if i and name not in left else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     # wide enough for any number of domains: text that goes to files and issues must not be cut

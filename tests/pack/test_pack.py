@@ -1,5 +1,6 @@
 """Packing: documents become rows of one domain, exactly, once, and in the same way every time."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -19,18 +20,13 @@ from tokenizers import Tokenizer
 from ddkmix import token_stream
 from ddkmix.domains import load_domains
 from ddkmix.errors import DataError
-from ddkmix.index import DomainRows, RowReader, ShardIndex, index_path
-from ddkmix.pack import PackedDomain, open_packed, pack_domains, pack_report, packed_folders
+from ddkmix.index import DomainRows, ShardIndex, index_path
+from ddkmix.pack import open_packed, pack_domains, pack_report, packed_folders
+from ddkmix.row_layout import Strategy
+from ddkmix.rows import RowReader
 from ddkmix.tokenizer import TokenizerCard, read_tokenizer
 from tests.conftest import EOS, write_domain, write_shard
-
-SEQ_LEN = 16
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_folder: Path) -> TokenizerCard:
-    """The small byte-level BPE tokenizer; its separator has id 0."""
-    return read_tokenizer(str(tokenizer_folder))
+from tests.pack.rows import SEQ_LEN, domain_of, files_of, one_domain, packed_of
 
 
 @pytest.fixture(scope="module")
@@ -39,37 +35,6 @@ def encode(tokenizer: TokenizerCard) -> Callable[[str], list[int]]:
     library = Tokenizer.from_file(str(tokenizer.path))
     library.encode_special_tokens = True
     return lambda text: library.encode(text, add_special_tokens=False).ids
-
-
-def domain_of(folder: Path, name: str, train: Sequence[Sequence[str]], held_out: Sequence[str]) -> Path:
-    """A domain of these documents, one list per train shard."""
-    for i, texts in enumerate(train):
-        write_shard(folder / name / f"train-{i:06d}.tar", texts)
-    write_shard(folder / name / "held_out.tar", held_out)
-    card = {
-        "name": name,
-        "train": [f"{name}/train-{i:06d}.tar" for i in range(len(train))],
-        "held_out": f"{name}/held_out.tar",
-        "license": "CC0-1.0",
-    }
-    path = folder / f"{name}.yaml"
-    path.write_text(json.dumps(card))  # JSON is YAML
-    return path
-
-
-def packed_of(
-    folder: Path,
-    tokenizer: TokenizerCard,
-    train: Sequence[Sequence[str]],
-    held_out: Sequence[str] = ("held out",),
-    *,
-    seq_len: int = SEQ_LEN,
-) -> PackedDomain:
-    """One domain, packed."""
-    domain_of(folder, "code", train, held_out)
-    cards = load_domains([str(folder / "code.yaml")])
-    cache = folder / "cache"
-    return pack_domains(cards, tokenizer, seq_len=seq_len, cache_dir=cache, processes=1)["code"]
 
 
 def stored_rows(rows: DomainRows, shard: int = 0) -> list[list[int]]:
@@ -86,11 +51,6 @@ def text_tokens(rows: DomainRows, shard: int = 0) -> list[int]:
         for row, valid in zip(stored_rows(rows, shard), num_tokens, strict=True)
         for token in row[:valid]
     ]
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Name and content of every file below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # --- tokens -----------------------------------------------------------------------------------------
@@ -145,8 +105,10 @@ def test_the_check_notices_tokens_that_are_dropped(
     """A last row that is not full (as most packers drop it), or documents that run into each other."""
     rows, add = token_stream.TokenStream.rows, token_stream.TokenStream.add
 
-    def without_last_row(stream: token_stream.TokenStream) -> tuple[np.ndarray, ...]:
-        return tuple(array[:-1] for array in rows(stream))
+    def without_last_row(stream: token_stream.TokenStream, strategy: Strategy) -> token_stream.PackedRows:
+        whole = rows(stream, strategy)
+        cut = {name: getattr(whole, name)[:-1] for name in ("tokens", "num_tokens", "num_bytes")}
+        return dataclasses.replace(whole, **cut)
 
     def joined(stream: token_stream.TokenStream, documents: Sequence[str]) -> None:
         add(stream, ["".join(documents)] if documents else [])
@@ -227,6 +189,38 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path: Path) -> None:
 def test_a_small_vocabulary_is_stored_in_two_bytes(tmp_path: Path, tokenizer: TokenizerCard) -> None:
     """300 tokens fit."""
     assert "<u2" == packed_of(tmp_path, tokenizer, [["a"]]).train.shards[0].dtype
+
+
+# --- strategies -------------------------------------------------------------------------------------
+
+
+def test_best_fit_by_hand(tmp_path: Path, tokenizer: TokenizerCard) -> None:
+    """Rows of 8, documents of 6, 4, 4 and 2 tokens with their separators: two full rows, no document cut.
+
+    Concatenated, the same tokens also fill two rows and cut the second document.
+    """
+    texts = ["qwxyz", "jkq", "zyx", "b"]
+    report, rows = {}, {}
+    for strategy in ("concatenate", "best_fit"):
+        packed = packed_of(tmp_path, tokenizer, [texts], seq_len=8, strategy=strategy)
+        rows[strategy] = stored_rows(packed.train)
+        report[strategy] = pack_report({"code": packed})["code"]["train"]
+    library = Tokenizer.from_file(str(tokenizer.path))
+    spoken = [library.decode(row, skip_special_tokens=False).split(EOS)[:-1] for row in rows["best_fit"]]
+    assert [["qwxyz", "b"], ["jkq", "zyx"]] == spoken
+    assert [0, 1] == [report[name]["truncated"] for name in ("best_fit", "concatenate")]
+    assert [0, 0] == [report[name]["padding"] for name in ("best_fit", "concatenate")]
+    assert [2, 2] == [report[name]["rows"] for name in ("best_fit", "concatenate")]
+
+
+def test_padding_and_cut_documents_are_reported(tmp_path: Path, tokenizer: TokenizerCard) -> None:
+    """A document of 9 tokens does not fit into a row of 8: a full row and a remainder with 7 of padding."""
+    packed = packed_of(tmp_path, tokenizer, [["qwxyzjkq"]], seq_len=8, strategy="best_fit")
+    report = pack_report({"code": packed})["code"]["train"]
+    assert (1, 1, 1, 9, 7) == tuple(
+        report[name] for name in ("documents", "truncated", "separators", "tokens", "padding")
+    )
+    assert 7 / 16 == report["padding_share"]
 
 
 # --- bytes ------------------------------------------------------------------------------------------
@@ -321,7 +315,7 @@ def test_a_normaliser_that_shortens_text_keeps_its_bytes(tmp_path: Path) -> None
 def test_webdataset_reads_the_rows(tmp_path: Path, tokenizer: TokenizerCard) -> None:
     """A packed shard is a plain WebDataset of .npy members; the reader's offsets give the same rows."""
     train = packed_of(tmp_path, tokenizer, [DOCUMENTS]).train
-    samples = list(webdataset.WebDataset(str(train.shards[0].path), shardshuffle=False).decode())
+    samples = list(webdataset.WebDataset(train.shards[0].location, shardshuffle=False).decode())
     assert stored_rows(train) == [sample["npy"].tolist() for sample in samples]
     assert [f"{row:06d}" for row in range(train.num_rows)] == [sample["__key__"] for sample in samples]
 
@@ -356,7 +350,7 @@ def test_packing_gives_the_same_bytes_on_any_number_of_processes(
 ) -> None:
     """Two processes write exactly the files that one writes."""
     expected = files_of(pack_all(two_domains, tokenizer, two_domains / "one"))
-    assert 12 == len(expected)
+    assert 2 * (3 * 3 + 1) == len(expected)  # rows, index and digests of three shards, and rows.json
     assert expected == files_of(pack_all(two_domains, tokenizer, two_domains / "two", processes=2))
 
 
@@ -369,30 +363,28 @@ def test_interrupted_packing_goes_on(two_domains: Path, tokenizer: TokenizerCard
     expected = files_of(rows)
     (code,) = rows.glob("code-*")
     (math,) = rows.glob("math-*")
-    index_path(code / "train-000000.tar").unlink()
-    index_path(code / "train-000001.tar").unlink()
-    os.truncate(code / "train-000001.tar", 700)
-    (code / ".train-000001.tar.99999.tmp").write_bytes(b"left by a process that was killed")
+    index_path(code / "train" / "train-000000.tar").unlink()
+    index_path(code / "train" / "train-000001.tar").unlink()
+    os.truncate(code / "train" / "train-000001.tar", 700)
+    (code / "train" / ".train-000001.tar.99999.tmp").write_bytes(b"left by a process that was killed")
     shutil.rmtree(math)
-    untouched = (code / "held_out-000000.tar").stat()
+    untouched = (code / "held_out" / "held_out-000000.tar").stat()
     pack_all(two_domains, tokenizer, two_domains / "cache")
-    found = files_of(rows)
-    found.pop(f"{code.name}/.train-000001.tar.99999.tmp", None)
-    assert expected == found
-    assert untouched.st_mtime_ns == (code / "held_out-000000.tar").stat().st_mtime_ns
+    assert expected == files_of(rows)
+    assert untouched.st_mtime_ns == (code / "held_out" / "held_out-000000.tar").stat().st_mtime_ns
 
 
 def test_a_shard_without_its_index_is_packed_again(two_domains: Path, tokenizer: TokenizerCard) -> None:
     """The index is written last and vouches for the rows."""
     domains = load_domains([str(two_domains)])
     cache = two_domains / "cache"
-    folder, fingerprint = packed_folders(domains, tokenizer, SEQ_LEN, cache)["code"]
+    folder, _ = packed_folders(domains, tokenizer, SEQ_LEN, cache)["code"]
     pack_all(two_domains, tokenizer, cache)
-    index_path(folder / "train-000001.tar").unlink()
+    index_path(folder / "train" / "train-000001.tar").unlink()
     with pytest.raises(DataError, match="cannot be read"):
-        open_packed(domains[0], folder, fingerprint)
+        open_packed(str(folder), cache_dir=cache)
     pack_all(two_domains, tokenizer, cache)
-    assert open_packed(domains[0], folder, fingerprint).train.num_rows > 0
+    assert open_packed(str(folder), cache_dir=cache).train.num_rows > 0
 
 
 def test_packing_twice_packs_once(two_domains: Path, tokenizer: TokenizerCard) -> None:
@@ -414,7 +406,7 @@ def test_packing_twice_packs_once(two_domains: Path, tokenizer: TokenizerCard) -
 def test_damaged_packed_files_are_refused(two_domains: Path, tokenizer: TokenizerCard, damage: str) -> None:
     """A cut tar or index in the cache gives one line that says what to delete."""
     rows = pack_all(two_domains, tokenizer, two_domains / "cache")
-    shard = next(rows.glob("code-*")) / "train-000000.tar"
+    shard = next(rows.glob("code-*")) / "train" / "train-000000.tar"
     os.truncate(shard if damage == "rows" else index_path(shard), 600)
     with pytest.raises(DataError) as info:
         pack_all(two_domains, tokenizer, two_domains / "cache")
@@ -445,14 +437,22 @@ def test_a_cache_that_cannot_be_written_is_named(two_domains: Path, tokenizer: T
 
 
 @pytest.mark.parametrize(
-    ("file", "number"), [("digests.json", 0), ("train-000000.tar", 1), ("train-000000.tar", 2)]
+    ("file", "number"),
+    [
+        ("digests.json", 0),
+        ("held_out-000000.tar.npy", 1),
+        ("train-000000.tar", 3),  # digests, rows and index of the first shard
+        ("train-000000.tar", 4),
+        ("train-000000.tar", 5),
+        ("rows.json", 21),
+    ],
 )
 def test_a_full_disk_is_named(
     two_domains: Path, tokenizer: TokenizerCard, monkeypatch: pytest.MonkeyPatch, file: str, number: int
 ) -> None:
     """Whichever file finds no space: one line names it, nothing half-written is left, and packing goes on.
 
-    The disk is the operating system's; its `fsync` refuses the first, second or third file.
+    The disk is the operating system's; its `fsync` refuses one file.
     """
     expected = files_of(pack_all(two_domains, tokenizer, two_domains / "expected"))
     calls = iter(range(100))
@@ -497,12 +497,18 @@ def test_the_report_counts_rows_and_tokens(
     report = pack_report({"code": packed})["code"]["train"]
     tokens = sum(len(encode(text)) + 1 for text in DOCUMENTS)
     size = sum(len(text.encode()) for text in DOCUMENTS)
+    padding = packed.train.num_rows * SEQ_LEN - tokens
     assert {
         "documents": 4,
+        "truncated": 2,  # the second of each shard
+        "separators": 4,
         "tokens": tokens,
+        "padding": padding,
         "bytes": size,
         "dropped": {},
+        "repeated": 0,
         "rows": packed.train.num_rows,
+        "padding_share": round(padding / (tokens + padding), 6),
         "bytes_per_token": round(size / tokens, 3),
     } == report
 
@@ -547,14 +553,16 @@ def test_held_out_shards_that_equal_train_shards_are_refused(
         pack_all(tmp_path, tokenizer, tmp_path / "cache")
 
 
-def test_two_shards_of_one_file_name_are_refused(tmp_path: Path, tokenizer: TokenizerCard) -> None:
-    """Rows are named after their shard's file, so two files of one name cannot be told apart."""
-    write_shard(tmp_path / "train" / "0.tar", ["a"])
-    write_shard(tmp_path / "held_out" / "0.tar", ["b"])
-    card = {"name": "code", "train": "train/0.tar", "held_out": "held_out/0.tar", "license": "CC0-1.0"}
-    (tmp_path / "code.yaml").write_text(json.dumps(card))
-    with pytest.raises(DataError, match=r"code\.yaml: two shards have one file name"):
-        pack_all(tmp_path, tokenizer, tmp_path / "cache")
+def test_two_shards_of_one_file_name_have_rows_of_different_names(
+    tmp_path: Path, tokenizer: TokenizerCard
+) -> None:
+    """Row names take as much of the path as it needs; train and held-out rows never meet."""
+    for folder, text in (("en", "a"), ("fr", "b"), ("held_out", "c")):
+        write_shard(tmp_path / folder / "0.tar", [text])
+    domain = one_domain(tmp_path / "code.yaml", train="{en,fr}/0.tar", held_out="held_out/0.tar")
+    packed = pack_domains([domain], tokenizer, seq_len=4, cache_dir=tmp_path / "cache", processes=1)["code"]
+    assert ["code/en__0.tar#0", "code/fr__0.tar#0"] == [packed.train.name_of(i, 0) for i in range(2)]
+    assert "code/0.tar#0" == packed.held_out.name_of(0, 0)
 
 
 # --- names and fingerprints -------------------------------------------------------------------------
@@ -623,6 +631,17 @@ def test_fingerprints_change_with_the_row_length(two_domains: Path, tokenizer: T
     """Rows of another length are other rows."""
     short, long = fingerprints(two_domains, tokenizer), fingerprints(two_domains, tokenizer, seq_len=32)
     assert short["code"] != long["code"]
+
+
+def test_fingerprints_change_with_the_strategy(two_domains: Path, tokenizer: TokenizerCard) -> None:
+    """The same documents best-fitted are other rows, in a folder of their own."""
+    cards = load_domains([str(two_domains)])
+    folders = [
+        packed_folders(cards, tokenizer, SEQ_LEN, two_domains / "cache", strategy)["code"]
+        for strategy in ("concatenate", "best_fit")
+    ]
+    assert folders[0][0] != folders[1][0]
+    assert folders[0][1] != folders[1][1]
 
 
 def test_fingerprints_change_with_the_tokenizer(

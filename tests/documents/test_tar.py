@@ -1,4 +1,4 @@
-"""Reading documents: whole shards give every document, and anything else gives one line that says why."""
+"""Documents of tars: whole shards give every document, and anything else gives one line that says why."""
 
 import gzip
 import io
@@ -8,11 +8,13 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from ddkmix import documents
-from ddkmix.documents import digest, read_documents
+from ddkmix.documents import read_documents
+from ddkmix.documents import tar as documents
 from ddkmix.errors import DataError
 from tests.conftest import write_shard
 
@@ -74,7 +76,7 @@ def test_any_text_survives(tmp_path_factory: pytest.TempPathFactory, texts: list
 
 def test_translating_line_ends_fails_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check notices text that was read as a text file is."""
-    monkeypatch.setattr(documents, "_text", lambda data, *_: data.decode().replace("\r\n", "\n"))
+    monkeypatch.setattr(documents, "text_of_bytes", lambda data, *_: data.decode().replace("\r\n", "\n"))
     with pytest.raises(AssertionError):
         check_texts_survive(tmp_path / "a.tar", ["a\r\nb"], as_json=False)
 
@@ -102,11 +104,156 @@ def test_other_members_are_left_alone(tmp_path: Path) -> None:
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-        for name, kind in {"d.txt": tarfile.DIRTYPE, "l.txt": tarfile.SYMTYPE}.items():
+        for name, kind in {"d.txt": tarfile.DIRTYPE, "f.txt": tarfile.FIFOTYPE}.items():
+            member = tarfile.TarInfo(name)
+            member.type = kind
+            tar.addfile(member)
+    assert ["text"] == list(read_documents(path, "txt"))
+
+
+# --- what a sample is -------------------------------------------------------------------------------
+
+
+def webdataset_texts(path: Path) -> list[str]:
+    """The .txt members as webdataset itself reads them, "" for a sample without."""
+    with path.open("rb") as file:
+        members = tar_file_expander([{"url": "a.tar", "stream": file}])
+        return [sample.get("txt", b"").decode() for sample in group_by_keys(members)]
+
+
+names = st.from_regex(r"\A(__m__/|a/b\.d/|x/)?[ab_]{1,2}\.(txt|TXT|json|cls)\Z")
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(members=st.lists(st.tuples(names, st.text(alphabet="xyz", min_size=1, max_size=4)), max_size=8))
+def test_samples_are_those_of_webdataset(
+    tmp_path_factory: pytest.TempPathFactory, members: list[tuple[str, str]]
+) -> None:
+    """Whatever the names, our documents are the texts of its samples, in its order."""
+    path = tmp_path_factory.mktemp("samples") / "a.tar"
+    tar_of(path, {name: text.encode() for name, text in members})
+    try:
+        expected = webdataset_texts(path)
+    except ValueError as error:
+        assert "duplicate file name" in str(error)
+        assert "has two .txt members" in refusal(path)
+        return
+    if any(expected):
+        assert expected == list(read_documents(path, "txt"))
+    else:
+        assert "has no .txt member" in refusal(path)
+
+
+def test_a_sample_without_text_is_an_empty_document(tmp_path: Path) -> None:
+    """It keeps its place, so that whoever drops it counts it."""
+    path = tar_of(
+        tmp_path / "a.tar", {"0.txt": b"a", "0.cls": b"1", "1.cls": b"2", "2.txt": b"c", "3.cls": b"4"}
+    )
+    assert ["a", "", "c", ""] == list(read_documents(path, "txt"))
+
+
+def test_an_extension_begins_at_the_first_dot(tmp_path: Path) -> None:
+    """`b.c.txt` is no `txt` for WebDataset; beside one it is another member, alone the way out is named."""
+    beside = tar_of(tmp_path / "a.tar", {"a/b.c.txt": b"no", "a/b.txt": b"yes", "a.b/c.txt": b"folder"})
+    assert ["yes", "folder"] == list(read_documents(beside, "txt")) == webdataset_texts(beside)
+    alone = tar_of(tmp_path / "b.tar", {"a/b.c.txt": b"no"})
+    assert (
+        f"{alone}: member a/b.c.txt is .c.txt of sample a/b, which has no .txt: an extension begins at the "
+        "first dot of the name. Rename the members (dots to underscores)."
+    ) == refusal(alone)
+    assert ["no"] == list(read_documents(alone, "c.txt"))
+
+
+def test_upper_case_extensions_are_extensions(tmp_path: Path) -> None:
+    """As in webdataset."""
+    path = tar_of(tmp_path / "a.tar", {"0.TXT": b"text"})
+    assert ["text"] == list(read_documents(path, "txt")) == webdataset_texts(path)
+
+
+def test_hidden_files_are_no_samples(tmp_path: Path) -> None:
+    """macOS adds `._0.txt` beside each file and a folder `__MACOSX`; editors and tools leave dot files."""
+    members = {
+        "._0.txt": b"\0\5\x16\7",
+        "0.json": b"{}",
+        "a/._0.txt": b"\xff",
+        "0.txt": b"text",
+        "__MACOSX/1.txt": b"\xff",
+        "a/.hidden.txt": b"no",
+        ".txt": b"no",
+        "__meta__/2.txt": b"no",
+    }
+    assert ["text"] == list(read_documents(tar_of(tmp_path / "a.tar", members), "txt"))
+
+
+def test_a_sample_with_two_texts_is_refused(tmp_path: Path) -> None:
+    """As in webdataset; to take one of them would be a guess."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for text in (b"old", b"new"):
+            member = tarfile.TarInfo("0.txt")
+            member.size = 3
+            tar.addfile(member, io.BytesIO(text))
+    assert "sample 0 has two .txt members" in refusal(path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE], ids=["symbolic", "hard"])
+def test_a_link_for_a_document_is_refused(tmp_path: Path, kind: bytes) -> None:
+    """It is neither followed nor passed over; a link beside the text is no matter."""
+    for name in ("0.cls", "1.txt"):
+        path = tmp_path / f"{name}.tar"
+        with tarfile.open(path, "w") as tar:
+            member = tarfile.TarInfo("0.txt")
+            tar.addfile(member, io.BytesIO())
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, "/etc/passwd"
             tar.addfile(member)
-    assert ["text"] == list(read_documents(path, "txt"))
+    assert [""] == list(read_documents(tmp_path / "0.cls.tar", "txt"))
+    assert "member 1.txt is a link, which is not followed" in refusal(tmp_path / "1.txt.tar")
+
+
+def test_shards_of_many_members_are_those_that_webdataset_writes(tmp_path: Path) -> None:
+    """ShardWriter cuts a data set into shards; text is one of several members of a sample."""
+    pattern = str(tmp_path / "shard-%03d.tar")
+    with webdataset.ShardWriter(pattern, maxcount=2, verbose=0) as writer:
+        for i, text in enumerate(TEXTS):
+            writer.write({"__key__": f"part/{i}", "txt": text, "json": {"meta": {"url": f"u{i}"}}, "cls": i})
+    shards = sorted(tmp_path.glob("*.tar"))
+    assert TEXTS == [text for path in shards for text in read_documents(path, "txt")]
+    assert ["u0", "u1", "u2"] == [t for path in shards for t in read_documents(path, "json.meta.url")]
+
+
+def test_names_that_would_break_a_line_are_escaped(tmp_path: Path) -> None:
+    """A message stays one printable line whatever the tar calls its members."""
+    path = tar_of(tmp_path / "a.tar", {"a\nb.txt": b"\xff"})
+    assert "a\\nb.txt" in refusal(path)
+
+
+def test_a_sparse_member_is_read(tmp_path: Path) -> None:
+    """GNU tar -S stores holes as such; here 512 bytes of text after 512 zeros."""
+    path = tmp_path / "a.tar"
+    text = b"x" * 512
+    member = tarfile.TarInfo("0.txt")
+    member.size = 512
+    block = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    block[156:157] = tarfile.GNUTYPE_SPARSE
+    block[386:410] = b"%011o\0%011o\0" % (512, 512)
+    block[483:495] = b"%011o\0" % 1024
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    path.write_bytes(bytes(block) + text + bytes(1024))
+    assert ["\0" * 512 + "x" * 512] == list(read_documents(path, "txt"))
+
+
+def test_a_tar_of_many_members_takes_no_memory_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tarfile keeps a header of each member it has seen; a shard may have millions."""
+    opened: list[tarfile.TarFile] = []
+    real = documents._open_tar
+    monkeypatch.setattr(documents, "_open_tar", lambda source: opened.append(real(source)) or opened[-1])
+    path = write_shard(tmp_path / "a.tar", ["text"] * 50)
+    for _ in read_documents(path, "txt"):
+        assert len(opened[0].getnames() if opened[0]._loaded else opened[0].members) <= 1  # type: ignore[attr-defined]
 
 
 def test_member_names_are_never_used_as_paths(tmp_path: Path) -> None:
@@ -163,7 +310,8 @@ def test_a_shard_cut_anywhere_is_refused(tmp_path: Path, format: int) -> None:
 def test_trusting_tarfile_fails_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tar cut between two members reads without an error: the check notices if nobody looks."""
     path = tar_of(tmp_path / "a.tar", {f"{i}.txt": text.encode() for i, text in enumerate(TEXTS)})
-    monkeypatch.setattr(documents, "_check_complete", lambda path: None)
+    monkeypatch.setattr(documents, "_check_complete", lambda *_: None)
+    monkeypatch.setattr(documents, "_check_end", lambda *_: None)
     with pytest.raises(AssertionError):
         check_notices_cuts(path)
 
@@ -208,12 +356,44 @@ def test_what_is_no_tar_is_refused(tmp_path: Path, content: bytes) -> None:
     refusal(path)
 
 
-def test_a_compressed_tar_is_refused(tmp_path: Path) -> None:
-    """Also when it is called .tar and its length is a multiple of 512."""
+def test_a_compressed_tar_of_another_name_is_refused(tmp_path: Path) -> None:
+    """Also when its length is a multiple of 512."""
     data = gzip.compress(tar_of(tmp_path / "b.tar", {"0.txt": os.urandom(700)}).read_bytes())
     path = tmp_path / "a.tar"
     path.write_bytes(data + b"x" * (-len(data) % 512))
     assert "not an uncompressed tar" in refusal(path)
+
+
+def test_a_header_that_points_back_is_damage(tmp_path: Path) -> None:
+    """A negative size makes Python's tarfile read one member for ever."""
+    path = tar_of(tmp_path / "a.tar", {"0.txt": b"a", "1.txt": b"b"})
+    data = bytearray(path.read_bytes())
+    block = data[1024:1536]
+    block[124:136] = b"\xff" * 10 + b"\xf8\x00"  # -2048 in base 256
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    data[1024:1536] = block
+    path.write_bytes(data)
+    assert "is not a whole tar file" in refusal(path)
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(data=st.data())
+def test_a_changed_byte_never_loses_a_document(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """All documents come (changed where the byte was text), or one line."""
+    path = tar_of(tmp_path_factory.mktemp("flip") / "a.tar", {f"{i}.txt": b"text" for i in range(3)})
+    content = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, 3 * 1024 + 1023))
+    content[at] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    try:
+        found = list(read_documents(path, "txt"))
+    except DataError as error:
+        assert "\n" not in str(error)
+    else:
+        assert 3 == len(found)
 
 
 # --- what is no document ----------------------------------------------------------------------------
@@ -228,15 +408,11 @@ def test_bytes_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("expected", "content"),
     [
-        ("is not JSON with a field 'text'", b"{"),
-        ("is not JSON with a field 'text'", b'{"content": "x"}'),
-        ("is not JSON with a field 'text'", b'["text"]'),
-        ("is not JSON with a field 'text'", b'"text"'),
-        ("is not JSON with a field 'text'", b"null"),
-        ("is not JSON with a field 'text'", b"[" * 100_000),
-        ("'text' is a int; a document is a string", b'{"text": 3}'),
-        ("'text' is a NoneType; a document is a string", b'{"text": null}'),
-        ("'text' is a list; a document is a string", b'{"text": ["x"]}'),
+        ("is not JSON (Expecting property name enclosed in double quotes at character 1)", b"{"),
+        ("has no field 'text', only content", b'{"content": "x"}'),
+        ("is a JSON list; write an object with a field 'text'", b'["text"]'),
+        ("'text' is a JSON number; a document is a string", b'{"text": 3}'),
+        ("is not UTF-8", b"\xfe\xff"),
         ("'text' has an unpaired surrogate", b'{"text": "\\ud83d alone"}'),
         ("'text' has an unpaired surrogate", b'{"text": "\\ude00\\ud83d"}'),
         ("is not UTF-8", b'{"text": "\xff"}'),
@@ -259,17 +435,6 @@ def test_escaped_surrogate_pairs_are_text(tmp_path: Path) -> None:
 def test_the_wrong_text_field_is_named(tmp_path: Path) -> None:
     """A shard of .txt members has no .json; the message points at the card."""
     path = write_shard(tmp_path / "a.tar", TEXTS)
-    assert f"{path} has no .json member; set text_field in the card to the documents' extension." == refusal(
-        path, "json.text"
-    )
-
-
-# --- digests ----------------------------------------------------------------------------------------
-
-
-@settings(deadline=None, derandomize=True, max_examples=50)
-@given(text=st.text(), at=st.integers(0, 30), character=st.characters(codec="utf-8"))
-def test_digests_tell_documents_apart(text: str, at: int, character: str) -> None:
-    """One more character anywhere, be it a space, gives another digest."""
-    assert digest(text) != digest(text[:at] + character + text[at:])
-    assert 16 == len(digest(text))
+    assert (
+        f"{path} has no .json member, only .txt; set text_field in the card to the documents' extension."
+    ) == refusal(path, "json.text")

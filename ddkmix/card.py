@@ -1,0 +1,123 @@
+"""The content of a domain card, and what is wrong with it in one line."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
+
+from ddkmix.config import Positive, PositiveInt, Section
+from ddkmix.errors import DataError, did_you_mean
+
+NEEDS = "a card needs name, license, and train and held_out (or rows)."
+
+
+class Source(Section):
+    """Where the text of a domain comes from."""
+
+    package: str
+    registry: str
+    version: str
+    license: str
+    sha256: str | None = None
+    note: str | None = None
+
+
+class DatasetEntry(Section):
+    """A Hugging Face data set, read as a stream."""
+
+    dataset: str
+    """`owner/name`, or a local folder, relative to the card if it begins with a dot."""
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    """Branch, tag or commit; name a commit, or tomorrow's rows may be other rows."""
+    shards: PositiveInt | None = None
+    """Parts that it is packed in, at most as many as it has files; one for each file when unset."""
+
+
+class HeldOutShare(Section):
+    """Documents taken from the train shards, chosen by their content."""
+
+    share_of_train: Annotated[float, Field(gt=0, le=0.5)]
+    """About this share of the documents is measured on and not trained on."""
+
+
+def _as_tuple(value: Any) -> Any:
+    return value if value is None or isinstance(value, list | tuple) else (value,)
+
+
+def _kind_of_entry(value: Any) -> str:
+    return "a dataset" if isinstance(value, dict | DatasetEntry) else "a location"
+
+
+def _kind_of_held_out(value: Any) -> str:
+    chosen = isinstance(value, HeldOutShare) or (isinstance(value, dict) and "dataset" not in value)
+    return "a share" if chosen else "a entries"
+
+
+Entry = Annotated[
+    Annotated[str, Tag("a location")] | Annotated[DatasetEntry, Tag("a dataset")],
+    Discriminator(_kind_of_entry),
+]
+Entries = Annotated[tuple[Entry, ...], BeforeValidator(_as_tuple)]
+HeldOut = Annotated[
+    Annotated[HeldOutShare, Tag("a share")] | Annotated[Entries, Tag("a entries")],
+    Discriminator(_kind_of_held_out),
+]
+
+
+class Card(Section):
+    """The content of a card."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    """Lower-case letters, digits, _ and -; seeds and file names derive from it."""
+    description: str = ""
+    text_field: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$")] = "txt"
+    """What holds the text: a tar's member `txt` or `text`, or `json.FIELD`; elsewhere a column."""
+    train: Entries | None = None
+    """Shards to learn from."""
+    held_out: HeldOut | None = None
+    """Shards to measure on."""
+    rows: str | None = None
+    """Folder that `ddkmix pack` wrote, in place of train and held_out."""
+    sha256: Mapping[str, Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]] = Field(default={})
+    """File name -> digest, checked when a shard is read."""
+    license: str
+    max_epochs: Positive | None = None
+    """Passes allowed over the train rows."""
+    prior: Positive | None = None
+    """Share in the `natural` mixture, relative to the others; the number of train rows when unset."""
+    sources: tuple[Source, ...] = ()
+
+
+def read_card(path: Path) -> Card:
+    """One card.
+
+    Raises:
+        DataError: it cannot be read, or a key or value is wrong.
+    """
+    try:
+        return Card.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path} cannot be read as a card: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        raise DataError(_explain(error, path)) from None
+
+
+def _explain(error: ValidationError, path: Path) -> str:
+    errors = error.errors()
+    # a misspelt key before what is missing because of it
+    first = next((entry for entry in errors if entry["type"] == "extra_forbidden"), errors[0])
+    # without the tags of unions ("a dataset"), and without the index of an only entry
+    tags = {part for part in first["loc"] if isinstance(part, str) and part.startswith("a ")}
+    key = ".".join(str(part) for part in first["loc"] if part not in tags and part != 0)
+    if first["type"] == "extra_forbidden":
+        section: type[Section] = Card
+        if len(first["loc"]) > 1:
+            section = DatasetEntry if "a dataset" in tags else HeldOutShare if "a share" in tags else Source
+        return f"{path}: unknown key {key!r}; {did_you_mean(str(first['loc'][-1]), section.model_fields)}"
+    if first["type"] == "missing":
+        return f"{path}: {key} is missing; {NEEDS}"
+    return f"{path}: {key or 'card'} = {first['input']!r}; {first['msg']}."

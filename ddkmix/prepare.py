@@ -1,0 +1,139 @@
+"""From a config to its rows and their mixture: what `pack`, `plan`, `train` and `gaps` do alike. No torch."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ddkmix.config import RunConfig
+from ddkmix.domains import Domain
+from ddkmix.errors import DataError
+from ddkmix.index import DomainRows
+from ddkmix.loader import DomainMixture
+from ddkmix.pack import (
+    PackedDomain,
+    Part,
+    check_remote_shards,
+    fetching_of,
+    pack_domains,
+    publish,
+    read_packed,
+)
+from ddkmix.preflight import Prepared
+from ddkmix.storage.location import is_remote, shown
+from ddkmix.tokenizer import TokenizerCard
+from ddkmix.tracking import progress_bar
+
+
+def pack_rows(
+    config: RunConfig,
+    domains: Sequence[Domain],
+    tokenizer: TokenizerCard,
+    *,
+    part: Part | None = None,
+    shown: bool = True,
+) -> dict[str, PackedDomain]:
+    """The packed rows of a config's domains; what the cache lacks is packed now.
+
+    Args:
+        config: the run.
+        domains: its domains.
+        tokenizer: its tokenizer.
+        part: pack this share of the shards, and open only the domains that are complete then.
+        shown: whether there is a progress bar.
+
+    Raises:
+        DataError: see `pack.pack_domains`.
+    """
+    with progress_bar("pack", total=None, shown=shown) as bar:
+        return pack_domains(
+            domains,
+            tokenizer,
+            seq_len=config.pack.seq_len,
+            cache_dir=config.cache_dir,
+            strategy=config.pack.strategy,
+            processes=config.pack.processes,
+            storage=config.storage,
+            part=part,
+            on_shard=lambda done, total: bar.update(done, total=total),
+        )
+
+
+def open_rows(prepared: Prepared, *, shown: bool) -> dict[str, PackedDomain]:
+    """The packed rows of a checked config, which its settings can be applied to.
+
+    Raises:
+        DataError: see `pack.pack_domains`; or documents are to be kept apart by a separator that some of them
+            contain.
+    """
+    packed = pack_rows(prepared.config, prepared.domains, prepared.tokenizer, shown=shown)
+    if prepared.separator_id is not None:
+        for rows in (rows for domain in packed.values() for rows in (domain.train, domain.held_out)):
+            _check_separators(rows, prepared.tokenizer)
+    return packed
+
+
+def open_mixture(
+    config: RunConfig, packed: Mapping[str, PackedDomain], *, rank: int = 0, world_size: int = 1
+) -> DomainMixture:
+    """The mixture of a config's train rows, with natural weights until somebody sets others."""
+    return DomainMixture(
+        {name: domain.train for name, domain in packed.items()},
+        batch_rows=config.trainer.batch_rows,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        num_workers=config.loader.workers,
+        prefetch_steps=config.loader.prefetch_steps,
+        max_substitutes=config.loader.max_substitutes,
+        max_epochs=config.mixture.max_epochs,
+        on_cap=config.mixture.on_cap,
+        count=config.mixture.count,
+        block_rows=config.mixture.block_rows,
+    )
+
+
+def publish_rows(packed: Mapping[str, PackedDomain], out: str) -> list[Path]:
+    """Copy packed rows to `<out>/<domain>/`, for cards to name under `rows`; gives these folders.
+
+    Raises:
+        ConfigError: `out` is remote.
+        DataError: other rows are there, the rows are not on this machine, or `out` cannot be written.
+    """
+    folders = []
+    for name, domain in packed.items():
+        if is_remote(domain.location):
+            raise DataError(
+                f"domain {name!r}: its rows are at {shown(domain.location)} already; copy them there."
+            )
+        assert domain.manifest is not None
+        folders.append(publish(Path(domain.location), domain.manifest, out, name))
+    return folders
+
+
+def check_remote(prepared: Prepared) -> None:
+    """Ask the stores for every remote shard and every remote folder of packed rows; reads none of the data.
+
+    Raises:
+        DataError: something is empty, or packed rows do not fit the run.
+        StorageError: something does not exist, or a store cannot be asked.
+    """
+    config = prepared.config
+    documents = [domain for domain in prepared.domains if domain.rows is None]
+    check_remote_shards(documents, fetching_of(config.cache_dir, config.storage))
+    read_packed(
+        prepared.domains,
+        prepared.tokenizer,
+        seq_len=config.pack.seq_len,
+        cache_dir=config.cache_dir,
+        storage=config.storage,
+    )
+
+
+def _check_separators(rows: DomainRows, tokenizer: TokenizerCard) -> None:
+    """Raises DataError if a document of these rows contains the separator, which would cut it in two."""
+    for shard in rows.shards:
+        if extra := shard.report["separators"] - shard.report["documents"]:
+            raise DataError(
+                f"domain {rows.domain!r}: {extra} tokens in the text of {shard.name} are the separator "
+                f"{tokenizer.separator!r}; documents cannot be kept apart by it. Set pack.separator to a "
+                "special token, or trainer.document_boundaries to false."
+            )

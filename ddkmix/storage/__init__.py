@@ -1,0 +1,1 @@
+"""Shards on remote stores: row bytes by ranged reads, or whole shards in a bounded folder of this machine."""

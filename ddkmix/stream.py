@@ -1,0 +1,138 @@
+"""What shapes a stream of rows, and what it must agree with to go on: data, order, batch, caps.
+
+Nothing here depends on who reads the rows: ranks, workers and prefetching are the loader's business.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from ddkmix.errors import ConfigError, DataError
+from ddkmix.index import DomainRows
+from ddkmix.mixture_state import StreamIdentity
+from ddkmix.order import DomainOrder, locate
+from ddkmix.planner import OnCap, PlanSettings, StepPlan, TokensOf
+
+Count = Literal["rows", "tokens"]
+"""What a mixture weight is a share of."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Stream:
+    """The rows of some domains, their order, and what the planner holds fixed."""
+
+    rows: tuple[DomainRows, ...]
+    """Sorted by domain, as everything else here."""
+    orders: tuple[DomainOrder, ...]
+    settings: PlanSettings
+    identity: StreamIdentity
+    count: Count
+
+    @property
+    def tokens_of(self) -> TokensOf | None:
+        """The size of a row, where weights count tokens."""
+        return self._row_tokens if self.count == "tokens" else None
+
+    @property
+    def dtype(self) -> str:
+        """numpy type that holds the tokens of every domain."""
+        return max((domain.dtype for domain in self.rows), key=lambda dtype: np.dtype(dtype).itemsize)
+
+    @property
+    def natural_weights(self) -> Float[np.ndarray, " N"]:
+        """Proportional to the cards' priors where all have one, else to the rows available."""
+        priors = [domain.prior for domain in self.rows]
+        sizes = priors if all(priors) else self.settings.num_rows
+        vector = np.array(sizes, dtype=np.float64)
+        natural: Float[np.ndarray, " N"] = vector / vector.sum()
+        return natural
+
+    def _row_tokens(self, domain: int, j: int) -> int:
+        shard, row = locate(self.orders[domain], j)
+        return int(self.rows[domain].shards[shard].num_tokens[row])
+
+    def row_names(self, plan: StepPlan) -> list[str]:
+        """The names of a plan's rows (`code/train-000003.tar#17`), all ranks, in slot order."""
+        pairs = zip(plan.domain_ids.tolist(), plan.row_numbers.tolist(), strict=True)
+        return [self.rows[domain].name_of(*locate(self.orders[domain], j)) for domain, j in pairs]
+
+
+def describe_stream(
+    rows: Sequence[DomainRows],
+    *,
+    batch_rows: int,
+    seed: int = 0,
+    block_rows: int = 8192,
+    count: Count = "rows",
+    max_epochs: float | None = None,
+    on_cap: OnCap = "renormalize",
+) -> Stream:
+    """The stream of some packed rows; the arguments are those of `loader.DomainMixture`.
+
+    Raises:
+        ConfigError: batch_rows or count is wrong.
+        DataError: the domains have no rows or rows of different length.
+    """
+    if batch_rows < 1 or block_rows < 1 or count not in ("rows", "tokens"):
+        raise ConfigError(
+            f"batch_rows = {batch_rows}, block_rows = {block_rows}, count = {count!r}; the first two must be "
+            "at least 1, the last 'rows' or 'tokens'."
+        )
+    names = [domain.domain for domain in rows]
+    if len(set(names)) < len(names):
+        raise DataError(f"domains {sorted(names)} are not distinct; a row belongs to one domain.")
+    lengths = {domain.domain: domain.seq_len for domain in rows}
+    if len(set(lengths.values())) != 1:
+        raise DataError(f"domains must have rows of one length; seq_len by domain: {lengths}.")
+    rows = tuple(sorted(rows, key=lambda domain: domain.domain))
+    caps = tuple(_cap(domain, max_epochs) for domain in rows)
+    return Stream(
+        rows=rows,
+        orders=tuple(
+            DomainOrder(
+                domain=domain.domain,
+                shard_rows=tuple(shard.num_rows for shard in domain.shards),
+                seed=seed,
+                block_rows=block_rows,
+            )
+            for domain in rows
+        ),
+        settings=PlanSettings(
+            domains=tuple(domain.domain for domain in rows),
+            batch_rows=batch_rows,
+            num_rows=tuple(domain.num_rows for domain in rows),
+            cap_rows=caps,
+            on_cap=on_cap,
+        ),
+        identity=StreamIdentity(
+            data={domain.domain: domain.fingerprint for domain in rows},
+            settings={
+                "batch_rows": batch_rows,
+                "seed": seed,
+                "block_rows": block_rows,
+                "count": count,
+                "on_cap": on_cap,
+                "cap_rows": list(caps),
+            },
+        ),
+        count=count,
+    )
+
+
+def _cap(rows: DomainRows, max_epochs: float | None) -> int | None:
+    limits = [limit for limit in (rows.max_epochs, max_epochs) if limit is not None]
+    return int(min(limits) * rows.num_rows) if limits else None
+
+
+def check_ranks(batch_rows: int, rank: int, world_size: int) -> None:
+    """Raises ConfigError if a batch cannot be dealt to so many ranks."""
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank = {rank} of {world_size} processes; ranks count from 0.")
+    if batch_rows < 1 or batch_rows % world_size:
+        raise ConfigError(
+            f"batch_rows = {batch_rows} rows cannot be dealt evenly to {world_size} processes; use a "
+            f"positive multiple of {world_size}."
+        )

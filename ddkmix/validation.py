@@ -1,0 +1,34 @@
+"""What pydantic finds wrong with a tree of settings, in one line for its author."""
+
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ValidationError
+
+from ddkmix.errors import did_you_mean
+
+
+def explain(error: ValidationError, where: str, root: type[BaseModel]) -> str:
+    """What is wrong first, where, and the rule, in one line."""
+    first = error.errors()[0]
+    parts = [str(part) for part in first["loc"]]
+    key = ".".join(parts)
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(root, parts[:-1])
+        prefix = "".join(f"{part}." for part in parts[:-1])
+        return f"unknown key {key} in {where}; {did_you_mean(key, [prefix + name for name in known])}"
+    if first["type"] == "missing":
+        return f"{key} is missing in {where}; it has no default."
+    rule = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{key + ': ' if key else ''}{rule} (in {where})."
+    return f"{key} = {first['input']!r} in {where}; {rule[0].lower()}{rule[1:]}."
+
+
+def _fields_at(root: type[BaseModel], parts: Sequence[str]) -> list[str]:
+    section = root
+    for part in parts:
+        annotation = section.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        section = annotation
+    return list(section.model_fields)
