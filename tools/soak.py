@@ -54,11 +54,17 @@ class Soak:
     seed: int
     oracle: Oracle
     chance: random.Random
+    with_workers: float
+    """Share of the episodes."""
     ranks: list[DomainMixture] = field(default_factory=list)
     workers: int = 0
     events: Counter[str] = field(default_factory=Counter)
     memory: list[tuple[int, int, int]] = field(default_factory=list)
     """(step, resident bytes, open descriptors)."""
+    handler: Any = None
+    """torch's SIGCHLD handler."""
+    deferred: bool = False
+    """Whether a child died outside of `_child_signals`."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,10 +72,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--with-workers", type=float, default=0.1, help="share of such episodes")
     parser.add_argument("--minutes", type=float, default=60, help="stop after this long, saying so")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        violations, report = soak(Path(folder), options.steps, options.seed, minutes=options.minutes)
+        violations, report = soak(
+            Path(folder),
+            options.steps,
+            options.seed,
+            minutes=options.minutes,
+            with_workers=options.with_workers,
+        )
     print(json.dumps(report, indent=1))
     for violation in violations:
         print(f"VIOLATION {violation}", file=sys.stderr)
@@ -84,6 +97,7 @@ def soak(
     seed: int,
     *,
     minutes: float = 60,
+    with_workers: float = 0.1,
     spoil: Callable[[int, list[dict[str, Any]]], list[dict[str, Any]]] = lambda step, batches: batches,
 ) -> tuple[list[str], dict[str, Any]]:
     """Serve that many steps; returns what was wrong and a report.
@@ -93,6 +107,7 @@ def soak(
         steps: steps to serve.
         seed: of the rows, their order and every event.
         minutes: give up after this long.
+        with_workers: share of the episodes that have reader processes.
         spoil: changes what the ranks received before the oracle sees it; tests lose and repeat rows here.
     """
     rows = write_rows(folder, seed)
@@ -101,10 +116,10 @@ def soak(
         seed=seed,
         oracle=Oracle(rows, seed=seed, batch_rows=BATCH_ROWS, block_rows=_BLOCK_ROWS),
         chance=random.Random(seed),
+        with_workers=with_workers,
     )
     started = time.monotonic()
     violations: list[str] = []
-    signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     try:
         _restart(run, None)
         while run.oracle.step < steps and time.monotonic() - started < 60 * minutes:
@@ -113,7 +128,8 @@ def soak(
         violations.append(f"step {run.oracle.step}: {violation}")
     finally:
         _close(run)
-        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+        if run.handler is not None:
+            signal.signal(signal.SIGCHLD, run.handler)
     violations += _growth(run, steps)
     report = {
         "steps": run.oracle.step,
@@ -150,7 +166,7 @@ def _episode(run: Soak, steps: int, total: int, spoil: Any) -> None:
         draw = run.chance.random()
         if draw < 0.04:
             _change_weights(run)
-        elif draw < 0.044:
+        elif draw < 0.048:
             _kill(run)
         elif draw < 0.05:
             run.events["closed"] += 1
@@ -183,7 +199,7 @@ def _receive(run: Soak, rank: int) -> dict[str, Any] | None:
     mixture = run.ranks[rank]
     before = mixture.state_dict() if run.workers else {}
     try:
-        with _child_signals():
+        with _child_signals(run):
             batch = next(mixture)
     except (DataError, RuntimeError) as error:
         if not run.workers or "worker" not in str(error):
@@ -202,13 +218,24 @@ def _receive(run: Soak, rank: int) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _child_signals() -> Iterator[None]:
-    """Let torch's SIGCHLD handler raise in this block and nowhere else: in the oracle it would be our mistake."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+def _child_signals(run: Soak) -> Iterator[None]:
+    """Let torch's SIGCHLD handler raise in this block and nowhere else: in the oracle it would be our mistake.
+
+    Blocking the signal would not do: another thread of the process may take it, and Python runs the handler here.
+    """
+    if not run.workers:
+        yield
+        return
     try:
+        if run.handler is not None:
+            signal.signal(signal.SIGCHLD, run.handler)
+            if run.deferred:
+                run.deferred = False
+                signal.raise_signal(signal.SIGCHLD)
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+        run.handler = signal.getsignal(signal.SIGCHLD)
+        signal.signal(signal.SIGCHLD, lambda *_: setattr(run, "deferred", True))
 
 
 def _change_weights(run: Soak) -> None:
@@ -246,7 +273,7 @@ def worker_pids() -> list[int]:
 def _restart(run: Soak, state: dict[str, Any] | None) -> None:
     """Throw the ranks away; others, of another number, go on from the state."""
     _close(run)
-    run.workers = run.chance.choices([0, 1, 2], weights=[24, 2, 1])[0]
+    run.workers = run.chance.choice([1, 1, 2]) if run.chance.random() < run.with_workers else 0
     sizes = WORLD_SIZES if not run.workers else (1, 2)
     world_size = run.chance.choices(sizes, weights=[1 / size for size in sizes])[0]
     run.events[f"episodes with {run.workers} workers"] += 1

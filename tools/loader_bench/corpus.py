@@ -67,8 +67,8 @@ def make_corpus(
 def _packed_rows(cache: Path, seq_len: int, tokenizer: Path) -> dict[str, np.ndarray]:
     """Full rows of every domain of the repository, by domain."""
     from ddkmix.domains import load_domains
-    from ddkmix.index import RowReader
     from ddkmix.pack import pack_domains
+    from ddkmix.rows import RowReader
     from ddkmix.tokenizer import read_tokenizer
 
     packed = pack_domains(

@@ -3,14 +3,16 @@
 The only file here that knows how ddkmix stores rows: everything else asks it.
 """
 
+import tempfile
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ddkmix.fingerprint import hash_file
-from ddkmix.index import DomainRows, ShardIndex, read_index, row_checksums, write_index
-from ddkmix.pack import _write_tar
+from ddkmix.index import DomainRows, ShardIndex, index_path, read_index, read_sidecar, row_checksums, write_index
+from ddkmix.pack.shard import write_tar
 
 
 def write_domain(folder: Path, domain: str, rows: np.ndarray, *, shard_rows: int) -> list[Path]:
@@ -20,13 +22,13 @@ def write_domain(folder: Path, domain: str, rows: np.ndarray, *, shard_rows: int
         part = rows[start : start + shard_rows]
         path = folder / domain / f"train-{start // shard_rows:06d}.tar"
         full = np.full(len(part), rows.shape[1], dtype=np.int64)
-        offsets = _write_tar(path, part)
+        offsets = write_tar(path, part)
         index = ShardIndex(
             location=str(path),
             size=path.stat().st_size,
             sha256=hash_file(path),
             offsets=offsets,
-            crc32=row_checksums(part),
+            crc32=row_checksums(part, full),
             num_tokens=full,
             num_bytes=full,
             seq_len=rows.shape[1],
@@ -48,3 +50,24 @@ def open_domains(folder: Path, domains: Sequence[str]) -> dict[str, DomainRows]:
         )
         for domain in domains
     }
+
+
+def open_remote_domains(root: str, domains: Sequence[str], shards: int) -> dict[str, DomainRows]:
+    """The same rows at a URL: the indices are fetched, the rows stay where they are."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {
+            domain: DomainRows(
+                domain=domain,
+                shards=tuple(_remote_index(root, domain, i, Path(folder)) for i in range(shards)),
+                fingerprint=domain,
+            )
+            for domain in domains
+        }
+
+
+def _remote_index(root: str, domain: str, shard: int, folder: Path) -> ShardIndex:
+    location = f"{root}/{domain}/train-{shard:06d}.tar"
+    sidecar = folder / index_path(Path(location)).name
+    with urllib.request.urlopen(f"{root}/{domain}/{sidecar.name}") as answer:
+        sidecar.write_bytes(answer.read())
+    return read_sidecar(sidecar, location)

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from loader_bench.corpus import Corpus
-from loader_bench.packed import open_domains, write_domain
+from loader_bench.packed import open_domains, open_remote_domains, write_domain
 
 NAME = "ddkmix"
 PACKAGE = "ddkmix"
 DOMAINS = "several"
-HTTP = False
+HTTP = True
 
 
 def prepare(corpus: Corpus, folder: Path) -> None:
@@ -23,8 +23,12 @@ def open_stream(corpus: Corpus, root: str, *, batch_rows: int, workers: int) -> 
     """The mixture itself: measuring its data wait after a weight change needs `set_weights`."""
     from ddkmix import DomainMixture
 
+    if "://" in root:
+        rows = open_remote_domains(root, corpus.domains, -(-corpus.rows_per_domain // corpus.shard_rows))
+    else:
+        rows = open_domains(Path(root), corpus.domains)
     return DomainMixture(
-        open_domains(Path(root), corpus.domains),
+        rows,
         batch_rows=batch_rows,
         weights=corpus.weights,
         num_workers=workers,
