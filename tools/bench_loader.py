@@ -1,11 +1,11 @@
-"""ddkmix's mixed stream against its peers, in one run on one machine. `make bench-loader`; results: BENCHMARKS.md.
+"""ddkmix's mixed stream against its peers, in one run. `make bench-loader`; results: BENCHMARKS.md.
 
-    race    rows per second and data wait of every contestant, with several numbers of workers, on warm, cold and
-            HTTP files. Goals: 5 x plain webdataset; ahead of every peer at every number of workers.
+    race    rows per second and data wait of every contestant, with several numbers of workers, on warm,
+            cold and HTTP files. Goals: 5 x plain webdataset; ahead of every peer at every number of workers.
     own     planning time, growth with domains and shards, index size and start-up for a million rows.
 
-Every contestant has one file below `loader_bench/contestants`, set up as its own documentation says. They live in
-an environment of their own (`loader_bench/environment.py`) and take turns, a process each.
+Every contestant has one file below `loader_bench/contestants`, set up as its own documentation says. They
+live in an environment of their own (`loader_bench/environment.py`) and take turns, a process each.
 """
 
 import argparse
@@ -21,15 +21,16 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-from loader_bench import contestants, environment, own, race, report
-from loader_bench.corpus import TOKENIZER, make_corpus
+from loader_bench import contestants, environment, own, race, report  # noqa: E402
+from loader_bench.corpus import TOKENIZER, make_corpus  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print Markdown, write JSON."""
     options = _parser().parse_args(arguments)
     results: dict[str, Any] = {
-        "command": "python tools/bench_loader.py " + shlex.join(sys.argv[1:] if arguments is None else arguments),
+        "command": "python tools/bench_loader.py "
+        + shlex.join(sys.argv[1:] if arguments is None else arguments),
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -26,12 +26,12 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-import numpy as np
-from loader_bench.packed import open_domains, write_domain
-from soak_oracle import Oracle, Violation
+import numpy as np  # noqa: E402
+from loader_bench.packed import open_domains, write_domain  # noqa: E402
+from soak_oracle import Oracle, Violation  # noqa: E402
 
-from ddkmix import DomainMixture
-from ddkmix.errors import DataError
+from ddkmix import DomainMixture  # noqa: E402
+from ddkmix.errors import DataError  # noqa: E402
 
 SIZES = {"long": 700, "middle": 230, "short": 61, "tiny": 5, "rare": 97}
 """Rows of each domain: epochs of very different length, none a multiple of a batch."""
@@ -115,7 +115,7 @@ def soak(
         folder=folder,
         seed=seed,
         oracle=Oracle(rows, seed=seed, batch_rows=BATCH_ROWS, block_rows=_BLOCK_ROWS),
-        chance=random.Random(seed),
+        chance=random.Random(seed),  # noqa: S311
         with_workers=with_workers,
     )
     started = time.monotonic()
@@ -219,9 +219,10 @@ def _receive(run: Soak, rank: int) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _child_signals(run: Soak) -> Iterator[None]:
-    """Let torch's SIGCHLD handler raise in this block and nowhere else: in the oracle it would be our mistake.
+    """Let torch's SIGCHLD handler raise in this block only: in the oracle it would be our mistake.
 
-    Blocking the signal would not do: another thread of the process may take it, and Python runs the handler here.
+    Blocking the signal would not do: another thread of the process may take it, and Python runs the
+    handler here.
     """
     if not run.workers:
         yield
@@ -242,7 +243,7 @@ def _change_weights(run: Soak) -> None:
     run.events["weight changes"] += 1
     kind = run.chance.random()
     if kind < 0.2:  # nearly all to one domain
-        raw = {name: 1e-6 for name in SIZES}
+        raw = dict.fromkeys(SIZES, 1e-06)
         raw[run.chance.choice(list(SIZES))] = 1.0
     elif kind < 0.4:  # some get nothing
         raw = {name: run.chance.choice([0.0, 1.0, 3.0]) for name in SIZES}

@@ -1,8 +1,8 @@
 """What the mixed stream promised, computed without the planner: an independent count of every row.
 
-The oracle keeps, per domain, how many rows were served and the integral of its weights. It knows the rows' tokens
-(each row says its domain and number in its first two tokens) and asks `order.locate` for nothing but the order of
-a pass; that every pass holds each row once, it checks itself.
+The oracle keeps, per domain, how many rows were served and the integral of its weights. It knows the
+rows' tokens (each row says its domain and number in its first two tokens) and asks `order.locate` for
+nothing but the order of a pass; that every pass holds each row once, it checks itself.
 """
 
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What every contestant must hand over: int64 `input_ids` and `labels`, both (B, T), as transformers takes them."""
+"""What every contestant must hand over: int64 `input_ids` and `labels`, both (B, T)."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any

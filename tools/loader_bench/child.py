@@ -80,13 +80,11 @@ def rows_per_second(
     return {"rows_per_s": count / elapsed, "rows": count}
 
 
-def data_wait(
-    stream: Iterator[Any], seconds: float, batch_rows: int, limit: int | None
-) -> dict[str, float]:
-    """How long `next` blocks a loop with a step of 20 ms; also right after a weight change, if there is any."""
+def data_wait(stream: Iterator[Any], seconds: float, batch_rows: int, limit: int | None) -> dict[str, float]:
+    """How long `next` blocks a loop with a step of 20 ms; also right after a weight change."""
     waits, after = [], []
     change = getattr(stream, "set_weights", None)
-    generator = random.Random(0)
+    generator = random.Random(0)  # noqa: S311
     started, step = time.perf_counter(), 0
     while time.perf_counter() - started < seconds or len(waits) < 20:
         changed = change is not None and step % 10 == 9

@@ -29,10 +29,10 @@ def make(folder: Path, say: Callable[[str], None]) -> Path:
 def commands() -> list[list[str]]:
     """pip's arguments, in order.
 
-    torch first and alone, so that nothing chooses another build of it. Two peers without their dependencies: both
-    ask for torchvision, whose PyPI build cannot be imported beside a CPU build of torch and which serving tokens
-    does not touch; mosaicml-streaming also asks for transformers below 5 and numpy below 2.2 and runs with today's.
-    What the two import is in requirements.txt.
+    torch first and alone, so that nothing chooses another build of it. Two peers without their
+    dependencies: both ask for torchvision, whose PyPI build cannot be imported beside a CPU build of
+    torch and which serving tokens does not touch; mosaicml-streaming also asks for transformers below 5
+    and numpy below 2.2 and runs with today's. What the two import is in requirements.txt.
     """
     constraints = ["--constraint", str(REPO / "constraints.txt")]
     return [

@@ -33,6 +33,7 @@ def measure(
     million_rows: int = 1_000_000,
     domain_counts: tuple[int, ...] = (3, 30, 300),
     shard_counts: tuple[int, ...] = (10, 100, 1_000, 10_000),
+    seconds: float = 1.5,
 ) -> dict[str, Any]:
     """All of it; less than a minute on an idle machine."""
     folder = Path(tempfile.mkdtemp(prefix="bench-loader-"))
@@ -42,12 +43,12 @@ def measure(
         results["domains"] = {}
         for count in domain_counts:
             write(folder / f"d{count}", domains=count, shards=1, rows=_BATCH * 60 // count)
-            results["domains"][count] = cost_per_row(folder / f"d{count}", count)
+            results["domains"][count] = cost_per_row(folder / f"d{count}", count, seconds=seconds)
             say(f"{count} domains {results['domains'][count]}")
         results["shards"] = {}
         for count in shard_counts:
             write(folder / f"s{count}", domains=1, shards=count, rows=_SHARD_ROWS)
-            results["shards"][count] = cost_per_row(folder / f"s{count}", 1)
+            results["shards"][count] = cost_per_row(folder / f"s{count}", 1, seconds=seconds)
             say(f"{count} shards {results['shards'][count]}")
             shutil.rmtree(folder / f"s{count}")
         results["million"] = start_up(folder / "million", million_rows)
@@ -98,7 +99,7 @@ def write(folder: Path, *, domains: int, shards: int, rows: int) -> None:
     shutil.rmtree(folder / "original")
 
 
-def cost_per_row(folder: Path, domains: int, *, seconds: float = 1.5) -> dict[str, float]:
+def cost_per_row(folder: Path, domains: int, *, seconds: float) -> dict[str, float]:
     """Microseconds of a row, without workers, after a first epoch's worth of opening files."""
     mixture = DomainMixture(open_domains(folder, [_name(i) for i in range(domains)]), batch_rows=_BATCH)
     for _ in range(20):

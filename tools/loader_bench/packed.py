@@ -11,7 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from ddkmix.fingerprint import hash_file
-from ddkmix.index import DomainRows, ShardIndex, index_path, read_index, read_sidecar, row_checksums, write_index
+from ddkmix.index import (
+    DomainRows,
+    ShardIndex,
+    index_path,
+    read_index,
+    read_sidecar,
+    row_checksums,
+    write_index,
+)
 from ddkmix.pack.shard import write_tar
 
 
@@ -33,7 +41,12 @@ def write_domain(folder: Path, domain: str, rows: np.ndarray, *, shard_rows: int
             num_bytes=full,
             seq_len=rows.shape[1],
             dtype=part.dtype.str,
-            report={"documents": len(part), "tokens": int(full.sum()), "bytes": int(full.sum()), "dropped": {}},
+            report={
+                "documents": len(part),
+                "tokens": int(full.sum()),
+                "bytes": int(full.sum()),
+                "dropped": {},
+            },
         )
         write_index(index)
         paths.append(path)
@@ -68,6 +81,6 @@ def open_remote_domains(root: str, domains: Sequence[str], shards: int) -> dict[
 def _remote_index(root: str, domain: str, shard: int, folder: Path) -> ShardIndex:
     location = f"{root}/{domain}/train-{shard:06d}.tar"
     sidecar = folder / index_path(Path(location)).name
-    with urllib.request.urlopen(f"{root}/{domain}/{sidecar.name}") as answer:
+    with urllib.request.urlopen(f"{root}/{domain}/{sidecar.name}") as answer:  # noqa: S310
         sidecar.write_bytes(answer.read())
     return read_sidecar(sidecar, location)

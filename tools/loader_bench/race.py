@@ -1,7 +1,7 @@
 """The race: contestants take turns, each measurement in a process of its own.
 
-Taking turns (round after round) is what makes ratios hold on a machine whose speed changes: all contestants see
-the slow minutes. One that fails is reported with its error and does not stop the others.
+Taking turns (round after round) is what makes ratios hold on a machine whose speed changes: all
+contestants see the slow minutes. One that fails is reported with its error and does not stop the others.
 """
 
 import json

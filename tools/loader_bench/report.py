@@ -21,9 +21,9 @@ def markdown(results: dict[str, Any]) -> str:
 def _race(race: dict[str, Any]) -> Iterator[str]:
     setup, corpus = race["setup"], race["corpus"]
     yield (
-        f"{len(corpus['domains'])} domains of {corpus['rows_per_domain']:,} rows of {corpus['seq_len']} tokens, "
-        f"shards of {corpus['shard_rows']:,} rows, batches of {setup['batch_rows']}; {setup['rounds']} rounds of "
-        f"{setup['seconds']:g} s, contestants in turn, a process each, one thread. "
+        f"{len(corpus['domains'])} domains of {corpus['rows_per_domain']:,} rows of {corpus['seq_len']} "
+        f"tokens, shards of {corpus['shard_rows']:,} rows, batches of {setup['batch_rows']}; "
+        f"{setup['rounds']} rounds of {setup['seconds']:g} s, in turn, a process each, one thread. "
         + ", ".join(f"{name} {version}" for name, version in race["versions"].items())
         + "."
     )
@@ -41,7 +41,7 @@ def _race(race: dict[str, Any]) -> Iterator[str]:
 
 _FILES = {
     "warm": "local files in the page cache",
-    "cold": "local files dropped from the page cache (posix_fadvise DONTNEED) before each measurement, one pass",
+    "cold": "local files dropped from the page cache (posix_fadvise DONTNEED) each time, one pass",
     "http": "HTTP from a threaded server with ranges on the same machine",
 }
 
@@ -54,9 +54,13 @@ def _rows_table(race: dict[str, Any], files: str) -> str:
         for workers in setup["workers"]:
             rates = rates_of(race, name, files, workers)
             base = rates_of(race, BASE, files, workers)
-            ratio = f" **{statistics.median(rates) / statistics.median(base):.1f}x**" if rates and base else ""
+            ratio = (
+                f" **{statistics.median(rates) / statistics.median(base):.1f}x**" if rates and base else ""
+            )
             cells.append(
-                f"{statistics.median(rates):,.0f} ({min(rates):,.0f}-{max(rates):,.0f}){ratio}" if rates else ""
+                f"{statistics.median(rates):,.0f} ({min(rates):,.0f}-{max(rates):,.0f}){ratio}"
+                if rates
+                else ""
             )
         if any(cells):
             lines.append([name, *cells])
@@ -75,7 +79,9 @@ def _wait_table(race: dict[str, Any]) -> str:
         found = [_median_of(race["wait"].get(f"{name} warm {w}", [])) for w in setup["workers"]]
         for label, prefix in ((name, "wait"), (f"{name}, after a weight change", "change")):
             cells = [
-                f"{r[f'{prefix}_median_ms']:.2f} / {r[f'{prefix}_p99_ms']:.1f}" if f"{prefix}_median_ms" in r else ""
+                f"{r[f'{prefix}_median_ms']:.2f} / {r[f'{prefix}_p99_ms']:.1f}"
+                if f"{prefix}_median_ms" in r
+                else ""
                 for r in found
             ]
             if any(cells):
@@ -91,8 +97,8 @@ def _own(own: dict[str, Any]) -> Iterator[str]:
     plan, million = own["plan"], own["million"]
     yield (
         f"Planning a step of 1,024 rows over 20 domains: median {plan['constant_median_ms']:.3f} ms "
-        f"(max {plan['constant_max_ms']:.2f}); when weights change at every step {plan['changing_median_ms']:.3f} ms "
-        f"(max {plan['changing_max_ms']:.2f}). Goal 0.3 ms."
+        f"(max {plan['constant_max_ms']:.2f}); when weights change at every step "
+        f"{plan['changing_median_ms']:.3f} ms (max {plan['changing_max_ms']:.2f}). Goal 0.3 ms."
     )
     yield table(
         ["a row's cost, rows of 8 tokens, 0 workers", "median, us"],
@@ -101,8 +107,8 @@ def _own(own: dict[str, Any]) -> Iterator[str]:
     )
     yield (
         f"{million['rows']:,} rows in 8 domains: index {million['index_bytes'] / 1e6:.1f} MB on disk "
-        f"({million['index_bytes_per_row']:.1f} bytes a row), opened in {million['open_s']:.2f} s, first batch after "
-        f"{million['first_batch_s']:.2f} s."
+        f"({million['index_bytes_per_row']:.1f} bytes a row), opened in {million['open_s']:.2f} s, "
+        f"first batch after {million['first_batch_s']:.2f} s."
     )
 
 

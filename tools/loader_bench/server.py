@@ -1,4 +1,4 @@
-"""A threaded HTTP/1.1 server for a folder, with byte ranges: what remote shards look like without a network."""
+"""A threaded HTTP/1.1 server for a folder, with byte ranges: remote shards without a network."""
 
 import contextlib
 import os

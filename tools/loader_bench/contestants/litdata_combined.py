@@ -1,7 +1,7 @@
 """litdata: `optimize` with TokensLoader, `CombinedStreamingDataset` with weights, its `StreamingDataLoader`.
 
-README "LLM training" and "Combine datasets": `TokensLoader(block_size=...)`, `shuffle=True`, `drop_last=True`,
-`iterate_over_all=False` because weights are given.
+README "LLM training" and "Combine datasets": `TokensLoader(block_size=...)`, `shuffle=True`,
+`drop_last=True`, `iterate_over_all=False` because weights are given.
 """
 
 from collections.abc import Iterator

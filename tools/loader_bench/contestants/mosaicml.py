@@ -1,9 +1,10 @@
 """mosaicml-streaming: MDS shards, one `Stream` with a proportion per domain, `StreamingDataLoader`.
 
-Docs "Mixing Datasets" (streams with `proportion`, `batching_method="random"`, the default), "Quick Start" (give
-`batch_size` to both) and "Encodings" (`ndarray:uint16:T`, of fixed shape).
+Docs "Mixing Datasets" (streams with `proportion`, `batching_method="random"`, the default), "Quick Start"
+(give `batch_size` to both) and "Encodings" (`ndarray:uint16:T`, of fixed shape).
 
-Its package needs torchvision at import, whose PyPI build needs CUDA's torch; nothing here uses `streaming.vision`.
+Its package needs torchvision at import, whose PyPI build needs CUDA's torch; nothing here uses
+`streaming.vision`.
 """
 
 import sys
@@ -49,9 +50,7 @@ def open_stream(corpus: Corpus, root: str, *, batch_rows: int, workers: int) -> 
         streaming.Stream(local=f"{root}/{domain}", proportion=weight)
         for domain, weight in corpus.weights.items()
     ]
-    dataset = streaming.StreamingDataset(
-        streams=streams, shuffle=True, shuffle_seed=0, batch_size=batch_rows
-    )
+    dataset = streaming.StreamingDataset(streams=streams, shuffle=True, shuffle_seed=0, batch_size=batch_rows)
     return endless(
         streaming.StreamingDataLoader(
             dataset,

@@ -1,8 +1,9 @@
-"""torchdata.nodes: `MultiNodeWeightedSampler` over the domains, then Batcher, ParallelMapper, Prefetcher, Loader.
+"""torchdata.nodes: `MultiNodeWeightedSampler` over the domains, Batcher, ParallelMapper, Prefetcher, Loader.
 
-Docs "Migrating to torchdata.nodes" (sampler -> Batcher -> ParallelMapper that fetches and collates a whole batch ->
-Prefetcher) and "Getting started" (MultiNodeWeightedSampler over a mapping of nodes; `method="thread"`). It has no
-storage of its own: rows are memory-mapped numpy files, the fastest thing that it can be given.
+Docs "Migrating to torchdata.nodes" (sampler -> Batcher -> ParallelMapper that fetches and collates a
+whole batch -> Prefetcher) and "Getting started" (MultiNodeWeightedSampler over a mapping of nodes;
+`method="thread"`). It has no storage of its own: rows are memory-mapped numpy files, the fastest thing
+that it can be given.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """webdataset on one domain, with the tars that ddkmix packs.
 
-README and docs ("The fluid interface", "wds-notes", FAQ on WebLoader): shuffle shards and samples, decode, batch
-*inside* the pipeline, give the loader `batch_size=None`, shards split over workers.
+README and docs ("The fluid interface", "wds-notes", FAQ on WebLoader): shuffle shards and samples,
+decode, batch *inside* the pipeline, give the loader `batch_size=None`, shards split over workers.
 """
 
 from collections.abc import Iterator
