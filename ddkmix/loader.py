@@ -51,8 +51,8 @@ class DomainMixture:
 
     Iterating gives dicts of tensors: `input_ids` (b, T) int64, `labels` (b, T) int64 (equal to input_ids,
     -100 where there is only padding; not shifted, as transformers expects) and `domain_ids` (b,) int64
-    into `domains`, with b = batch_rows / world_size. The stream ends when no domain may serve another row. Nothing
-    is read before the first batch is asked for.
+    into `domains`, with b = batch_rows / world_size. The stream ends when no domain may serve another row.
+    Nothing is read before the first batch is asked for.
 
     Args:
         rows: packed train rows of each domain, all of one `seq_len`.
