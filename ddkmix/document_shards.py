@@ -120,7 +120,9 @@ def with_names(shards: Sequence[DocumentShard], *, where: str) -> tuple[Document
     first: dict[str, DocumentShard] = {}
     for shard in named:
         other = first.setdefault(shard.name, shard)
-        if _path_of(other.location) != _path_of(shard.location):  # else one shard twice, which is told better later
+        if _path_of(other.location) != _path_of(
+            shard.location
+        ):  # else one shard twice, which is told better later
             raise DataError(
                 f"{where}: {other} and {shard} would both have rows called {shard.name}; rename one."
             )
