@@ -108,7 +108,7 @@ def test_pack_by_parts_and_publish(
 def test_index_makes_rows_of_others_usable(
     tiny_config: Make, write_config: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Packed tars without their indices, as another program might have written them, plan and lint as rows."""
+    """Packed tars without their indices, as another program might have written them, are rows."""
     tree = tiny_config(cache_dir=str(tmp_path / "cache"))
     config = write_config(tree)
     assert ddkmix("pack", config, "--out", tmp_path / "out") == 0
