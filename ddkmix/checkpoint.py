@@ -23,12 +23,14 @@ from ddkmix.config import RunConfig, dump_config
 from ddkmix.errors import RunError
 from ddkmix.fingerprint import write_atomically
 
-_MAY_CHANGE = ("loader", "tracking", "run_dir", "cache_dir")
+_MAY_CHANGE = ("loader", "storage", "tracking", "run_dir", "cache_dir")
 """Sections that change neither the data nor the arithmetic."""
-_MAY_CHANGE_IN_TRAINER = ("checkpoint_steps", "keep_checkpoints")
+_MAY_CHANGE_IN_TRAINER = ("checkpoint_steps", "keep_checkpoints", "microbatch_rows")
+_MAY_CHANGE_ON_REQUEST = ("domains", "mixture", "policy")
+"""Sections that change which rows come next, but neither the models nor what was learned."""
 
 
-def find_run(config: RunConfig, *, resume: bool) -> Path | None:
+def find_run(config: RunConfig, *, resume: bool, allow_changes: bool = False) -> Path | None:
     """Check that the run directory is free, or find the checkpoint to resume from. Writes nothing.
 
     Returns:
@@ -43,7 +45,9 @@ def find_run(config: RunConfig, *, resume: bool) -> Path | None:
     if saved.exists():
         if not resume:
             raise RunError(f"{run_dir} already holds a run; go on with --resume, or choose another run_dir.")
-        _check_same(config, saved)
+        for key, was, now in _differences_from(config, saved):
+            if not (allow_changes and _follows(key)):
+                raise RunError(_refusal(saved.parent, key, was, now))
         return latest_checkpoint(run_dir)
     if resume:
         raise RunError(f"{run_dir} holds no run to resume (no config.yaml); leave --resume out to start.")
@@ -52,8 +56,23 @@ def find_run(config: RunConfig, *, resume: bool) -> Path | None:
     return None
 
 
-def claim_run(config: RunConfig) -> None:
+def config_changes(config: RunConfig) -> list[str]:
+    """What `find_run` let pass on request: one phrase for each key that differs from the run's config."""
+    saved = config.run_dir / "config.yaml"
+    if not saved.exists():
+        return []
+    return [
+        f"{'.'.join(key)} was {was!r} and is {now!r}" for key, was, now in _differences_from(config, saved)
+    ]
+
+
+def claim_run(config: RunConfig, *, changed_at: int | None = None) -> None:
     """Write down what runs, once everything that can be checked has been, and clear half-written parts.
+
+    Args:
+        config: the run.
+        changed_at: the step from which on this config replaces the one before, which is kept as
+            `config-until-step-000040.yaml`.
 
     Raises:
         RunError: the directory cannot be written.
@@ -61,10 +80,13 @@ def claim_run(config: RunConfig) -> None:
     run_dir = config.run_dir
     try:
         remove_partial(run_dir)
-        if not (run_dir / "config.yaml").exists():
+        saved = run_dir / "config.yaml"
+        if changed_at is not None:
+            write_atomically(run_dir / f"config-until-step-{changed_at:06d}.yaml", saved.read_text("utf-8"))
+        if changed_at is not None or not saved.exists():
             write_atomically(run_dir / "versions.json", json.dumps(_versions(), indent=1))
             tree = yaml.safe_dump(dump_config(config), sort_keys=False, allow_unicode=True)
-            write_atomically(run_dir / "config.yaml", tree)
+            write_atomically(saved, tree)
     except OSError as error:
         raise RunError(f"{run_dir} cannot be written ({error.strerror}); choose another run_dir.") from None
 
@@ -204,16 +226,26 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _check_same(config: RunConfig, saved: Path) -> None:
+def _differences_from(config: RunConfig, saved: Path) -> list[tuple[tuple[str, ...], Any, Any]]:
+    """(key, was, now) of everything that differs and may not differ freely."""
     old, new = yaml.safe_load(saved.read_text(encoding="utf-8")), dump_config(config)
-    for key, was, now in _differences(old, new):
-        top, *rest = key
-        if top in _MAY_CHANGE or (top == "trainer" and rest and rest[0] in _MAY_CHANGE_IN_TRAINER):
-            continue
-        raise RunError(
-            f"{saved.parent} holds another run: {'.'.join(key)} was {was!r} and is now {now!r}. Resume with "
-            "the old value, or choose another run_dir."
-        )
+    return [
+        (key, was, now)
+        for key, was, now in _differences(old, new)
+        if key[0] not in _MAY_CHANGE
+        and not (key[0] == "trainer" and key[1:] and key[1] in _MAY_CHANGE_IN_TRAINER)
+    ]
+
+
+def _follows(key: tuple[str, ...]) -> bool:
+    return key[0] in _MAY_CHANGE_ON_REQUEST or key == ("trainer", "batch_rows")
+
+
+def _refusal(run_dir: Path, key: tuple[str, ...], was: Any, now: Any) -> str:
+    way = "Resume with the old value, or choose another run_dir."
+    if _follows(key):
+        way = "Resume with the old value, add --allow-changes, or choose another run_dir."
+    return f"{run_dir} holds another run: {'.'.join(key)} was {was!r} and is now {now!r}. {way}"
 
 
 def _differences(old: Any, new: Any, key: tuple[str, ...] = ()) -> Sequence[tuple[tuple[str, ...], Any, Any]]:

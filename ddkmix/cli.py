@@ -117,8 +117,20 @@ def lint(
 
 
 @app.command()
-def plan(config: Config, overrides: Overrides = None) -> None:
-    """Show what a run will serve: rows, tokens and epochs per domain, and memory."""
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML config, or run directory.", show_default=False)],
+    overrides: Overrides = None,
+    style: FormatOption = "table",
+) -> None:
+    """Show what a run will serve, or where it is heading: rows, tokens and epochs per domain, limits."""
+    _check_format(style)
+    if config.is_dir():
+        from ddkmix.report.plan import render_run_plan
+
+        if overrides:
+            raise ConfigError(f"{overrides[0]}: {config} is a run directory; its config is fixed.")
+        print(render_run_plan(config, style))  # type: ignore[arg-type]  # checked above
+        return
     from ddkmix.policies import next_state, weights_of
     from ddkmix.preflight import check, dummy_losses
     from ddkmix.prepare import open_mixture, open_rows
@@ -131,7 +143,7 @@ def plan(config: Config, overrides: Overrides = None) -> None:
     losses = dummy_losses(mixture.domains)
     first = next_state(prepared.policy, None, losses, mixture.natural_weights)
     mixture.set_weights(weights_of(first, losses))
-    print(render_plan(run, packed, mixture))
+    print(render_plan(run, packed, mixture, style))  # type: ignore[arg-type]  # checked above
 
 
 @app.command()
@@ -141,8 +153,16 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint of run_dir.")
     ] = False,
+    allow_changes: Annotated[
+        bool,
+        typer.Option(
+            "--allow-changes", help="Resume with other domains, data, mixture, policy or batch_rows."
+        ),
+    ] = False,
 ) -> None:
     """Distil: measure the gaps, follow them with the mixture, save the student."""
+    if allow_changes and not resume:
+        raise ConfigError("--allow-changes is for --resume; a new run has nothing to differ from.")
     run = _load(config, overrides)
     _quiet_libraries()
     from ddkmix.setup import train as train_run
@@ -154,7 +174,7 @@ def train(
             _print_gaps(step, losses, weights)
         seen[step] = weights
 
-    losses = train_run(run, resume=resume, on_losses=note)
+    losses = train_run(run, resume=resume, allow_changes=allow_changes, on_losses=note)
     if seen:  # only the main rank is told
         step, weights = seen.popitem()
         _print_gaps(step, losses, weights)
@@ -192,7 +212,7 @@ def show(
     run_dir: Annotated[Path, typer.Argument(help="Run directory.", show_default=False)],
     style: FormatOption = "table",
 ) -> None:
-    """Show a run's history: gaps, weights, rows served, epochs."""
+    """Show a run's history: gaps, weights, rows served, epochs so far and at the end."""
     from ddkmix.report.history import render_history
 
     _check_format(style)

@@ -17,13 +17,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ddkmix.config import Storage
 from ddkmix.distillation import predicted
 from ddkmix.errors import DataError
 from ddkmix.fingerprint import hash_json, replacing
 from ddkmix.index import DomainRows
 from ddkmix.order import DomainOrder, locate
 from ddkmix.reading import IGNORE
-from ddkmix.rows import RowReader
+from ddkmix.rows import RowReader, byte_reader
 from ddkmix.types import DomainLosses
 
 _DIGEST_BYTES = 32
@@ -77,14 +78,15 @@ def row_nats(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
+    storage: Storage | None = None,
 ) -> Float[Tensor, " R"]:
     """Cross-entropy summed over each row, float64; rows of other ranks are 0."""
-    reader = RowReader(held_out.rows)
+    reader = RowReader(held_out.rows, remote=byte_reader(storage))
     sums = torch.zeros(len(held_out.places), dtype=torch.float64)
     mine = list(range(rank, len(held_out.places), world_size))
     for start in range(0, len(mine), batch_rows):
         chosen = mine[start : start + batch_rows]
-        ids = np.stack([reader.read(*held_out.places[i]) for i in chosen]).astype(np.int64)
+        ids = _read(reader, np.array([held_out.places[i] for i in chosen]))
         input_ids = torch.from_numpy(ids)
         valid = torch.from_numpy(held_out.num_tokens[chosen] + 1)
         labels = input_ids.masked_fill(torch.arange(ids.shape[1]) >= valid[:, None], IGNORE)
@@ -93,6 +95,14 @@ def row_nats(
         sums[torch.tensor(chosen)] = torch.zeros(len(chosen), dtype=torch.float64).index_add(0, row_of, nats)
     reader.close()
     return sums
+
+
+def _read(reader: RowReader, places: Int[np.ndarray, "B 2"]) -> Int[np.ndarray, "B T"]:
+    """Rows by (shard, row); all of them must be as they were packed."""
+    tokens = np.empty((len(places), reader.rows.seq_len), dtype=reader.rows.dtype)
+    for failure in reader.read_into(tokens, places[:, 0], places[:, 1]).values():
+        raise failure
+    return tokens.astype(np.int64)
 
 
 def summarise(
@@ -168,6 +178,8 @@ class Evaluator:
     world_size: int = 1
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
     """Sum over ranks."""
+    storage: Storage | None = None
+    """How remote rows are read."""
 
     def sums(
         self, token_nats: TokenNats, cache: NatsCache | None = None
@@ -193,6 +205,7 @@ class Evaluator:
             device=self.device,
             rank=self.rank,
             world_size=self.world_size,
+            storage=self.storage,
         )
         return self.reduce(sums.to(self.device)).cpu().numpy()
 

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ddkmix.apportion import ROW
+from ddkmix.config import Storage
 from ddkmix.domains import load_domains
 from ddkmix.errors import ConfigError, MixtureExhausted, RowError
 from ddkmix.fingerprint import hash_json
@@ -34,8 +35,11 @@ from ddkmix.planner import (
     quantise,
     with_weights,
 )
-from ddkmix.reading import ReadAhead, RowBatch, Substitution, Task, tensors_of
-from ddkmix.stream import Count, describe_stream
+from ddkmix.prefetching import ShardPrefetch
+from ddkmix.reading import ReadAhead, tensors_of
+from ddkmix.row_tasks import RowBatch, Substitution, Task
+from ddkmix.rows import byte_reader
+from ddkmix.stream import Count, check_ranks, describe_stream
 from ddkmix.tokenizer import read_tokenizer
 from ddkmix.types import simplex_vector
 
@@ -48,6 +52,27 @@ class DomainMixture:
     Iterating gives dicts of tensors: `input_ids` (b, T) int64, `labels` (b, T) int64 (equal to input_ids,
     -100 where there is only padding; not shifted, as transformers expects) and `domain_ids` (b,) int64
     into `domains`, with b = batch_rows / world_size. The stream ends when no domain may serve another row.
+    Nothing is read before the first batch is asked for.
+
+    Args:
+        rows: packed train rows of each domain, all of one `seq_len`.
+        batch_rows: rows in the global batch of one optimizer step.
+        weights: mixture weights by domain, normalised here; proportional to rows when None.
+        seed: of the order of the rows.
+        rank: this process, from 0.
+        world_size: processes; must divide batch_rows.
+        num_workers: reader processes of this rank.
+        prefetch_steps: batches that each of them reads ahead.
+        max_epochs: passes allowed over any domain; a card's own limit wins where it is smaller.
+        on_cap: "renormalize", "stop" or "error" at that limit.
+        count: what a weight is a share of: rows, or tokens without padding.
+        block_rows: see `order`.
+        max_substitutes: damaged rows that other rows of their domain may stand in for.
+        storage: how remote shards are read; the defaults of a config when None.
+
+    Raises:
+        ConfigError: batch_rows does not divide by world_size, or another argument is wrong.
+        DataError: the domains have no rows or rows of different length.
     """
 
     def __init__(
@@ -66,29 +91,9 @@ class DomainMixture:
         count: Count = "rows",
         block_rows: int = 8192,
         max_substitutes: int = 100,
+        storage: Storage | None = None,
     ) -> None:
-        """Set up the stream; nothing is read before it is iterated.
-
-        Args:
-            rows: packed train rows of each domain, all of one `seq_len`.
-            batch_rows: rows in the global batch of one optimizer step.
-            weights: mixture weights by domain, normalised here; proportional to rows when None.
-            seed: of the order of the rows.
-            rank: this process, from 0.
-            world_size: processes; must divide batch_rows.
-            num_workers: reader processes of this rank.
-            prefetch_steps: batches that each of them reads ahead.
-            max_epochs: passes allowed over any domain; a card's own limit wins where it is smaller.
-            on_cap: "renormalize", "stop" or "error" at that limit.
-            count: what a weight is a share of: rows, or tokens without padding.
-            block_rows: see `order`.
-            max_substitutes: damaged rows that other rows of their domain may stand in for.
-
-        Raises:
-            ConfigError: batch_rows does not divide by world_size, or another argument is wrong.
-            DataError: the domains have no rows or rows of different length.
-        """
-        _check_arguments(batch_rows, rank, world_size)
+        check_ranks(batch_rows, rank, world_size)
         self._rank, self._world_size = rank, world_size
         self.stream = describe_stream(
             list(rows.values()),
@@ -105,9 +110,12 @@ class DomainMixture:
         if weights is not None:
             vector = simplex_vector(weights, self.domains, where="mixture weights")
         self._plans = PlanQueue(self.settings, initial_state(self.settings, vector), self.stream.tokens_of)
+        remote = byte_reader(storage)
+        self._prefetch = ShardPrefetch(self.stream, remote)
         self._reader = ReadAhead(
             self.stream,
             self._tasks,
+            remote,
             batch_rows=batch_rows // world_size,
             num_workers=num_workers,
             prefetch_steps=prefetch_steps,
@@ -253,6 +261,7 @@ class DomainMixture:
     def close(self) -> None:
         """Stop the workers and close the files; iterating again starts them anew."""
         self._reader.close()
+        self._prefetch.close()
         self._plans.rewind(self.state)
 
     def __iter__(self) -> "DomainMixture":
@@ -279,7 +288,9 @@ class DomainMixture:
                 f"{self._max_substitutes}."
             )
         for record in substitutions:
-            _LOG.warning("%s %s stands in for it.", record.reason, record.substitute)
+            _LOG.warning(
+                "%s Row %s#%d stands in.", record.reason, record.substitute_shard, record.substitute_row
+            )
         self.substitutions += substitutions
 
     def _receive(self) -> RowBatch | None:
@@ -299,19 +310,10 @@ class DomainMixture:
     def _tasks(self) -> Iterator[Task]:
         """Plan one step whenever the DataLoader has room for another task."""
         while plan := self._plans.plan():
+            self._prefetch.follow(self._plans.ahead.served, self._plans.ahead.weights)
             slots = self._slots(plan)
             yield Task(self._reader.version, plan.domain_ids[slots], plan.row_numbers[slots])
 
     def _slots(self, plan: StepPlan) -> Int[np.ndarray, " b"]:
         """The places of this rank's rows in the global batch."""
         return deal(plan, self._rank, self._world_size)
-
-
-def _check_arguments(batch_rows: int, rank: int, world_size: int) -> None:
-    if not 0 <= rank < world_size:
-        raise ConfigError(f"rank = {rank} of {world_size} processes; ranks count from 0.")
-    if batch_rows < 1 or batch_rows % world_size:
-        raise ConfigError(
-            f"batch_rows = {batch_rows} rows cannot be dealt evenly to {world_size} processes; use a "
-            f"positive multiple of {world_size}."
-        )

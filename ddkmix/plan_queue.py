@@ -21,18 +21,20 @@ class PlanQueue:
     def __init__(self, settings: PlanSettings, state: PlannerState, tokens_of: TokensOf | None) -> None:
         self.settings = settings
         self._tokens_of = tokens_of
-        self.consumed = self._ahead = state
+        self.consumed = state
         """The state after the last step that the loop received."""
+        self.ahead = state
+        """The state after the last step that was planned."""
         self._recent: OrderedDict[int, PlannerState] = OrderedDict({state.step: state})
         self._pending: deque[tuple[StepPlan, PlannerState]] = deque()
 
     def plan(self) -> StepPlan | None:
         """Plan one more step ahead; None where none can be planned (`is_exhausted` says why)."""
         try:
-            plan, self._ahead = plan_step(self.settings, self._ahead, self._tokens_of)
+            plan, self.ahead = plan_step(self.settings, self.ahead, self._tokens_of)
         except DataError:
             return None
-        self._pending.append((plan, self._ahead))
+        self._pending.append((plan, self.ahead))
         return plan
 
     def consume(self) -> StepPlan:
@@ -45,7 +47,7 @@ class PlanQueue:
 
     def rewind(self, state: PlannerState) -> None:
         """Go on from `state`; nothing is pending any more."""
-        self.consumed = self._ahead = state
+        self.consumed = self.ahead = state
         self._recent[state.step] = state
         self._pending.clear()
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ddkmix.config import RunConfig
+from ddkmix.config import RunConfig, Storage
 from ddkmix.domains import Domain
 from ddkmix.errors import DataError
 from ddkmix.index import DomainRows
@@ -88,7 +88,14 @@ def open_mixture(
         on_cap=config.mixture.on_cap,
         count=config.mixture.count,
         block_rows=config.mixture.block_rows,
+        storage=storage_of(config),
     )
+
+
+def storage_of(config: RunConfig) -> Storage:
+    """The storage settings with the folder of spooled shards filled in."""
+    folder = config.storage.folder or config.cache_dir / "shards"
+    return config.storage.model_copy(update={"folder": folder})
 
 
 def publish_rows(packed: Mapping[str, PackedDomain], out: str) -> list[Path]:

@@ -10,7 +10,7 @@ indices needed as well, because their lengths decide who is served.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ddkmix.errors import DataError, RunError
 from ddkmix.index import DomainRows, ShardIndex, read_index
 from ddkmix.order import DomainOrder, locate
 from ddkmix.planner import PlannerState, StepPlan, plan_step
-from ddkmix.provenance import DataBlock, block_at, read_blocks
+from ddkmix.provenance import DataBlock, ShardRecord, block_at, read_blocks
 from ddkmix.rows import RowReader
 from ddkmix.tracking import read_lines
 
@@ -260,21 +260,17 @@ class Replay:
             yield _substituted(seen, block.domains[i].shards, self._substitutes.get((name, j)))
 
 
-def _substituted(seen: SeenRow, shards: Sequence[Any], record: dict[str, Any] | None) -> SeenRow:
-    """The row that was really served."""
+def _substituted(seen: SeenRow, shards: Sequence[ShardRecord], record: dict[str, Any] | None) -> SeenRow:
+    """The row that was really served; a record says which by its name, or by shard and row."""
     if record is None:
         return seen
-    shard = record["substitute_shard"]
-    return SeenRow(
-        step=seen.step,
-        slot=seen.slot,
-        domain=seen.domain,
-        j=seen.j,
-        epoch=seen.epoch,
-        shard=shards[shard].name if isinstance(shard, int) else str(shard),
-        row=int(record["substitute_row"]),
-        instead_of=seen.name,
-        reason=str(record.get("reason", "")),
+    if "substitute" in record:
+        shard, _, row = str(record["substitute"]).rpartition("/")[2].rpartition("#")
+    else:
+        place, row = record["substitute_shard"], record["substitute_row"]
+        shard = shards[place].name if isinstance(place, int) else str(place)
+    return replace(
+        seen, shard=shard, row=int(row), instead_of=seen.name, reason=str(record.get("reason", ""))
     )
 
 

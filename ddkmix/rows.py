@@ -9,13 +9,19 @@ import errno
 import os
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt
 
+from ddkmix.config import Storage
 from ddkmix.errors import DataError, RowError
 from ddkmix.index import DomainRows
+from ddkmix.storage.location import is_remote
+from ddkmix.storage.reader import ByteReader, Request
+from ddkmix.storage.spool import StoredShard
 
 
 class OpenFiles:
@@ -54,12 +60,29 @@ class OpenFiles:
         self.close()
 
 
+def byte_reader(storage: Storage | None = None) -> ByteReader:
+    """How remote shards are read; with the defaults of a config when None."""
+    storage = storage or Storage()
+    return ByteReader(storage, storage.folder or Path(".cache/ddkmix/shards"))
+
+
 class RowReader:
     """Reads rows of one `DomainRows`; can be sent to another process."""
 
-    def __init__(self, rows: DomainRows, files: OpenFiles | None = None) -> None:
+    def __init__(
+        self, rows: DomainRows, files: OpenFiles | None = None, remote: ByteReader | None = None
+    ) -> None:
+        """Nothing is opened before the first row is read.
+
+        Args:
+            rows: what to read.
+            files: open files, shared with other readers.
+            remote: how remote shards are read; default settings when None.
+        """
         self.rows = rows
         self._files = files or OpenFiles()
+        self.is_remote = bool(rows.shards) and is_remote(rows.shards[0].location)
+        self._remote = (remote or byte_reader()) if self.is_remote else None
 
     def num_tokens(self, shards: Int[np.ndarray, " n"], rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """Tokens without padding of some rows."""
@@ -79,8 +102,24 @@ class RowReader:
             raise failures[0]
         return tokens[0]
 
+    def requests(self, shards: Int[np.ndarray, " n"], rows: Int[np.ndarray, " n"]) -> list[Request]:
+        """The bytes of some remote rows, as `ByteReader.read` wants them."""
+        places = self.rows.places.starts[shards] + rows
+        sizes = self.rows.places.num_tokens[places] * np.dtype(self.rows.dtype).itemsize
+        offsets = self.rows.places.offsets[places]
+        return [
+            (StoredShard(shard.location, shard.size, shard.sha256), offset, size)
+            for shard, offset, size in zip(
+                (self.rows.shards[i] for i in shards.tolist()), offsets.tolist(), sizes.tolist(), strict=True
+            )
+        ]
+
     def read_into(
-        self, tokens: UInt[np.ndarray, "n T"], shards: Int[np.ndarray, " n"], rows: Int[np.ndarray, " n"]
+        self,
+        tokens: UInt[np.ndarray, "n T"],
+        shards: Int[np.ndarray, " n"],
+        rows: Int[np.ndarray, " n"],
+        answers: Sequence[bytes] | None = None,
     ) -> dict[int, RowError]:
         """Fill `tokens` with rows, padding included.
 
@@ -88,6 +127,7 @@ class RowReader:
             tokens: of the rows' stored type, contiguous.
             shards: shard of each row.
             rows: its number in the shard.
+            answers: what the store answered to `requests`, of remote rows; asked for here when None.
 
         Returns:
             What is wrong with each row (by its place in `tokens`) that is not the one that was packed.
@@ -95,6 +135,9 @@ class RowReader:
         Raises:
             DataError: a shard cannot be opened or read.
         """
+        assert tokens.flags.c_contiguous  # a copy would be filled instead
+        if self._remote is not None and answers is None:
+            answers = self._remote.read(self.requests(shards, rows))
         index = self.rows.places
         places = index.starts[shards] + rows
         num_tokens = index.num_tokens[places]
@@ -110,7 +153,11 @@ class RowReader:
         failures: dict[int, RowError] = {}
         for i, (shard, offset, size, checksum) in enumerate(wanted):
             target = buffer[i * width : i * width + size]
-            count = self._fill(target, shard, offset)
+            if answers is None:
+                count = self._fill(target, shard, offset)
+            else:
+                count = len(answers[i])
+                target[:count] = answers[i]
             if count != size or zlib.crc32(target) != checksum:
                 failures[i] = self._failure(shard, int(rows[i]), count)
         short = np.flatnonzero(num_tokens < tokens.shape[1])
@@ -120,13 +167,17 @@ class RowReader:
 
     def _fill(self, target: memoryview, shard: int, offset: int) -> int:
         """Read as many bytes as `target` holds; fewer at the end of a file or where the disk is damaged."""
-        location = self.rows.shards[shard].location
+        location, done = self.rows.shards[shard].location, 0
         try:
-            return os.preadv(self._files.of(location), [target], offset)
+            while done < len(target):  # a network file system may give less than asked for
+                count = os.preadv(self._files.of(location), [target[done:]], offset + done)
+                if not count:
+                    break
+                done += count
         except OSError as error:
-            if error.errno == errno.EIO:
-                return 0
-            raise DataError(f"{location} cannot be read ({error.strerror}).") from None
+            if error.errno != errno.EIO:
+                raise DataError(f"{location} cannot be read ({error.strerror}).") from None
+        return done
 
     def _failure(self, shard: int, row: int, count: int) -> RowError:
         index = self.rows.shards[shard]

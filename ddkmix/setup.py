@@ -1,12 +1,13 @@
 """From a checked config to the parts of a run: what `train` and `gaps` do before the first step."""
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ddkmix.checkpoint import claim_run, find_run, load_checkpoint
+from ddkmix.checkpoint import claim_run, config_changes, find_run, load_checkpoint
 from ddkmix.config import RunConfig
 from ddkmix.distillation import DistillationModel
 from ddkmix.evaluator import Evaluator, NatsCache, select_rows
@@ -17,11 +18,12 @@ from ddkmix.models import build_student, load_teacher, save_student
 from ddkmix.pack import PackedDomain
 from ddkmix.policies import WeightPolicy
 from ddkmix.preflight import Prepared, check
-from ddkmix.prepare import open_mixture, open_rows
+from ddkmix.prepare import open_mixture, open_rows, storage_of
 from ddkmix.provenance import DataBlock, describe, record_data
+from ddkmix.signals import noting_signals
 from ddkmix.teacher import LiveTeacher
 from ddkmix.tracking import progress_bar
-from ddkmix.trainer import Run, run_loop, stop_on_signal, token_nats
+from ddkmix.trainer import Run, run_loop, token_nats
 from ddkmix.types import DomainLosses
 
 
@@ -29,6 +31,7 @@ def train(
     config: RunConfig,
     *,
     resume: bool = False,
+    allow_changes: bool = False,
     on_losses: Callable[[int, DomainLosses, dict[str, float]], None] = lambda *_: None,
 ) -> DomainLosses:
     """A whole run: check, pack, measure, train, save the student. Returns the losses at the end.
@@ -36,6 +39,7 @@ def train(
     Args:
         config: the run.
         resume: go on from the newest checkpoint of `config.run_dir`.
+        allow_changes: resume although domains, their data, mixture, policy or batch_rows have changed.
         on_losses: called on the main rank with (step, losses, weights in force) at every evaluation.
 
     Raises:
@@ -43,30 +47,23 @@ def train(
     """
     prepared = check(config)
     accelerator = _accelerator(config)
-    found = find_run(config, resume=resume) if accelerator.is_main_process else None
-    checkpoint = _from_main(accelerator, found)
+    found, changes = None, []
+    if accelerator.is_main_process:
+        found = find_run(config, resume=resume, allow_changes=allow_changes)
+        changes = config_changes(config)
+    checkpoint, changes = _from_main(accelerator, (found, changes))
     with accelerator.main_process_first():
         packed = open_rows(prepared, shown=accelerator.is_main_process)
     run = _open(prepared, packed, accelerator)
     run.on_losses = on_losses
     if checkpoint is not None:
-        _restore(run, load_checkpoint(accelerator, checkpoint))
+        state = load_checkpoint(accelerator, checkpoint)
+        changes = [*changes, *_restore(run, state, changes, allow_changes=allow_changes)]
     if run.main:
-        claim_run(config)
-        start = run.mixture.state.step
-        block = _describe(run, prepared, packed)
-        record_data(config.run_dir, block)
-        run.row_sizes = block.row_sizes
-        for name, first in (
-            ("metrics.jsonl", start + 1),
-            ("timings.jsonl", start + 1),
-            ("intervals.jsonl", start),
-        ):
-            run.log(name).rewind(first)
-        run.last_interval = run.log("intervals.jsonl").last()
+        _claim(run, _describe(run, prepared, packed), changes)
     accelerator.init_trackers(config.tracking.project)
     total = config.trainer.steps
-    with progress_bar("train", total=total, shown=run.main) as bar, stop_on_signal(run):
+    with progress_bar("train", total=total, shown=run.main) as bar, noting_signals(run.stop_signal):
         bar.update(run.mixture.state.step)
         losses = run_loop(run, bar)
     run.mixture.close()
@@ -104,6 +101,7 @@ def open_evaluator(config: RunConfig, packed: dict[str, PackedDomain], accelerat
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
+        storage=storage_of(config),
     )
 
 
@@ -206,11 +204,43 @@ def _optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Optimiz
     )
 
 
-def _restore(run: Run, state: dict[str, Any]) -> None:
-    run.mixture.load_state_dict(state["mixture"])
-    run.policy_state = state["policy"]
+def _restore(run: Run, state: dict[str, Any], changes: list[str], *, allow_changes: bool) -> list[str]:
+    """Take up a checkpoint; returns what has changed in the stream since, beside the config's `changes`.
+
+    Other domains or another policy begin with a measurement, a policy with no memory; metrics of steps
+    that were not written yet are dropped where the domains differ.
+    """
+    found = run.mixture.load_state_dict(state["mixture"], allow_changes=allow_changes)
+    same_domains = list(state["mixture"]["data"]) == list(run.mixture.domains)
+    same_policy = not any(change.startswith("policy") for change in changes)
+    if same_domains and same_policy:
+        run.policy_state = state["policy"]
+    run.measure_now = not (same_domains and same_policy)
     run.total_tokens = state["total_tokens"]
-    run.window.load_json(state["window"], is_main=run.main)
+    if same_domains:
+        run.window.load_json(state["window"], is_main=run.main)
+    return found
+
+
+def _claim(run: Run, block: DataBlock, changes: list[str]) -> None:
+    """Write down what runs from here on, and take back what was logged of the steps to come."""
+    run_dir, start = run.config.run_dir, run.mixture.state.step
+    claim_run(run.config, changed_at=start if config_changes(run.config) else None)
+    record_data(run_dir, block)
+    run.row_sizes = block.row_sizes
+    for name, first in (
+        ("metrics.jsonl", start + 1),
+        ("timings.jsonl", start + 1),
+        ("substitutions.jsonl", start + 1),
+        ("intervals.jsonl", start),
+        ("changes.jsonl", start),
+    ):
+        run.log(name).rewind(first)
+    run.last_interval = run.log("intervals.jsonl").last()
+    if changes:
+        run.log("changes.jsonl").append({"step": start, "changes": changes})
+        for change in changes:
+            print(f"ddkmix: resumed at step {start}: {change}", file=sys.stderr)
 
 
 def _save(run: Run, prepared: Prepared) -> None:

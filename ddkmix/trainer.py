@@ -5,11 +5,10 @@ weights travel in one direction: the policy returns them and `_reweight` hands t
 """
 
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from ddkmix.checkpoint import latest_checkpoint, save_checkpoint
 from ddkmix.config import RunConfig
 from ddkmix.distillation import predicted
-from ddkmix.errors import Interrupted, NumericsError, RunError
+from ddkmix.errors import Interrupted, NumericsError, RowError, RunError
 from ddkmix.evaluator import Evaluator, TokenNats
 from ddkmix.loader import DomainMixture
 from ddkmix.losses import CrossEntropy, LossTerm
@@ -30,7 +29,7 @@ from ddkmix.policies import PolicyState, WeightPolicy, next_state, weights_of
 from ddkmix.projection import Projection, news, project
 from ddkmix.schedule import lr_multiplier
 from ddkmix.teacher import LiveTeacher
-from ddkmix.tracking import Bar, JsonLines, weights_note
+from ddkmix.tracking import Bar, JsonLines, read_lines, weights_note
 from ddkmix.types import DomainLosses
 
 _NATS = (LossTerm("cross_entropy", 1.0, CrossEntropy()),)
@@ -54,6 +53,8 @@ class Run:
     window: LossWindow
     policy_state: PolicyState | None = None
     total_tokens: int = 0
+    measure_now: bool = False
+    """Whether to measure and set weights before the next step, whatever the interval."""
     row_sizes: tuple[float, ...] | None = None
     """Mean tokens of a row of each domain, where weights are shares of tokens."""
     last_interval: dict[str, Any] | None = None
@@ -86,13 +87,14 @@ def run_loop(run: Run, bar: Bar) -> DomainLosses:
     """
     config, steps = run.config, run.config.trainer.steps
     for step in range(run.mixture.state.step, steps):
-        if step % config.mixture.interval_steps == 0:
+        if step % config.mixture.interval_steps == 0 or run.measure_now:
             _reweight(run, bar, step, _measure(run, step))
         waited = time.perf_counter()
         batch = next(run.mixture, None)
         waited = time.perf_counter() - waited
         if batch is None:  # every domain that has a weight is at its max_epochs
             break
+        _note_substitutions(run, step + 1)
         started = time.perf_counter()
         grad_norm, num_tokens = _train_step(run, batch, step)
         run.total_tokens += num_tokens
@@ -135,29 +137,6 @@ def token_nats(model: torch.nn.Module) -> TokenNats:
     return nats
 
 
-@contextmanager
-def stop_on_signal(run: Run) -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the run after the present step, with a checkpoint.
-
-    A second SIGINT stops at once, as without this.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def note(number: int, _: Any) -> None:
-        if run.stop_signal:
-            raise KeyboardInterrupt
-        run.stop_signal.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _measure(run: Run, step: int) -> DomainLosses:
     """Held-out losses of the student as it is now."""
     started = time.perf_counter()
@@ -171,6 +150,7 @@ def _measure(run: Run, step: int) -> DomainLosses:
 
 def _reweight(run: Run, bar: Bar, step: int, losses: DomainLosses) -> None:
     """Ask the policy, and have every rank follow the same integers from this step on."""
+    run.measure_now = False
     run.policy_state = next_state(run.policy, run.policy_state, losses, run.mixture.natural_weights)
     simplex = weights_of(run.policy_state, losses)
     vector = np.array([simplex[name] for name in run.mixture.domains])
@@ -187,6 +167,22 @@ def _reweight(run: Run, bar: Bar, step: int, losses: DomainLosses) -> None:
         steps, state = run.config.trainer.steps, run.mixture.state
         for line in news(run.mixture.settings, state, steps, _projection(run), before):
             bar.warn(line)
+
+
+def _note_substitutions(run: Run, step: int) -> None:
+    """Write down the damaged rows of a batch; their number over all ranks and resumes has a limit."""
+    if not run.mixture.substitutions:
+        return
+    log = run.log("substitutions.jsonl")
+    for record in run.mixture.substitutions:
+        log.append({"step": step, **asdict(record)})
+    run.mixture.substitutions.clear()
+    count, most = sum(1 for _ in read_lines(log.path)), run.config.loader.max_substitutes
+    if count > most:
+        raise RowError(
+            f"step {step}: {count} damaged rows by now, and loader.max_substitutes allows {most}; "
+            f"{log.path} names them. Mend the shards or raise the limit, then resume."
+        )
 
 
 def _train_step(run: Run, batch: dict[str, Tensor], step: int) -> tuple[float, int]:

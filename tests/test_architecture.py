@@ -54,8 +54,10 @@ LAYERS = {
     "projection": 6,
     "provenance": 7,
     "stream": 7,
-    "reading": 8,
-    "loader": 9,
+    "prefetching": 8,
+    "row_tasks": 8,
+    "reading": 9,
+    "loader": 10,
     # losses -> weights
     "policies": 10,
     # batches -> losses: from here on with torch
@@ -71,6 +73,7 @@ LAYERS = {
     # the loop and what stands around it
     "checkpoint": 16,
     "tracking": 16,
+    "signals": 16,
     "preflight": 16,
     "replay": 17,
     "prepare": 17,
@@ -266,6 +269,17 @@ def test_lint_and_plan_load_nothing_heavy(command, tmp_path, tiny_config, write_
     """They answer from cards, packed rows and the model's small files; `plan` even packs on the way."""
     config = write_config(tiny_config(cache_dir=str(tmp_path / "cache")))
     assert [] == heavy_modules(run_main(command, str(config)), tmp_path)
+
+
+def test_past_steps_and_projections_load_nothing_heavy(tmp_path, tiny_config, write_config):
+    """`seen`, `show` and `plan RUN` answer from the run directory and the packed rows."""
+    from ddkmix.config import load_config
+    from ddkmix.setup import train
+
+    tree = tiny_config(trainer={"steps": 2})
+    train(load_config(write_config(tree)))
+    for arguments in (("seen", tree["run_dir"], "--step", "1"), ("plan", tree["run_dir"])):
+        assert [] == heavy_modules(run_main(*arguments), tmp_path)
 
 
 def test_a_heavy_import_would_be_noticed(tmp_path):

@@ -49,12 +49,20 @@ def test_the_commands_from_documents_to_history(
     assert "fine. 3 domains, 9 shards" in capsys.readouterr().out
     assert ddkmix("plan", config) == 0
     assert "8 steps x 6 rows x 32 tokens = 1,536 tokens" in capsys.readouterr().out
+    assert ddkmix("plan", config, "--format", "json") == 0
+    assert 8 == json.loads(capsys.readouterr().out)["end_step"]
     assert ddkmix("train", config) == 0
     out = capsys.readouterr().out
     assert "step 0" in out and "step 8" in out and "student:" in out
     assert ddkmix("show", tree["run_dir"], "--format", "json") == 0
     history = json.loads(capsys.readouterr().out)
     assert [0, 4, 8] == [record["step"] for record in history]
+    assert ddkmix("plan", tree["run_dir"], "--format", "json") == 0
+    domains = json.loads(capsys.readouterr().out)["domains"]
+    assert history[-1]["served"] == {name: row["served"] for name, row in domains.items()}
+    assert ddkmix("seen", tree["run_dir"], "--step", "7:8", "--format", "json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [7] * 6 + [8] * 6 == [row["step"] for row in rows] and all(row["text"] for row in rows)
     student = Path(tree["run_dir"]) / "student"
     assert ddkmix("gaps", config, "--student", student, "--format", "json") == 0
     report = json.loads(capsys.readouterr().out)
@@ -315,6 +323,9 @@ def test_unknown_commands_and_options_end_with_code_2(capsys: pytest.CaptureFixt
     assert "Did you mean 'train'" in capsys.readouterr().err
     assert "must be table, json or markdown" in refused(capsys, "show", "x", "--format", "yaml")
     assert "is not a run directory" in refused(capsys, "show", "/nowhere")
+    assert "is not a run directory" in refused(capsys, "seen", "/nowhere", "--step", "1")
+    assert "table, json, markdown or text" in refused(capsys, "seen", "x", "--step", "1", "--format", "yaml")
+    assert "--step x: must be a step, 12, or a range" in refused(capsys, "seen", "x", "--step", "x")
     assert "gaps needs a CONFIG, or --teacher and --domains" in refused(capsys, "gaps", "--student", "x")
     assert "no such config" in refused(capsys, "lint", "/nowhere.yaml")
 
@@ -323,7 +334,29 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     """`ddkmix --help` names what there is, with exit code 0."""
     assert ddkmix("--help") == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("pack", "lint", "plan", "train", "gaps", "show"))
+    assert all(name in out for name in ("pack", "lint", "plan", "train", "gaps", "show", "seen"))
+
+
+def test_notes_about_missing_text_leave_the_output_clean(
+    tmp_path: Path, tiny_config: Make, write_config: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`seen` prints records on stdout and why there is no text on stderr, with exit code 0."""
+    tree = tiny_config(trainer={"steps": 1}, cache_dir=str(tmp_path / "cache"))
+    assert ddkmix("train", write_config(tree)) == 0
+    shutil.rmtree(tmp_path / "cache" / "rows")
+    capsys.readouterr()
+    assert ddkmix("seen", tree["run_dir"], "--step", 1, "--format", "json") == 0
+    captured = capsys.readouterr()
+    assert [None] * 6 == [row["text"] for row in json.loads(captured.out)]
+    (line,) = captured.err.strip().splitlines()
+    assert line.startswith("ddkmix: no text: ") and "ddkmix pack" in line
+
+
+def test_a_run_directory_has_a_config_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`plan RUN` takes no overrides, and a folder that is no run is refused."""
+    message = refused(capsys, "plan", tmp_path, "trainer.steps=3")
+    assert message.endswith(f"trainer.steps=3: {tmp_path} is a run directory; its config is fixed.")
+    assert "is not a run directory (no config.yaml)" in refused(capsys, "plan", tmp_path)
 
 
 def test_a_run_dir_that_cannot_be_written_is_one_line(

@@ -161,3 +161,23 @@ def test_lines_are_json_for_everybody(tmp_path):
     """Each line alone is a JSON object; other programs need nothing of ours."""
     lines = written(tmp_path / "log.jsonl", 3)
     assert [0, 1, 2] == [json.loads(line)["step"] for line in lines.path.read_text().splitlines()]
+
+
+def test_the_last_line_is_the_last_whole_one(tmp_path):
+    """None without a file or a line; a torn line does not count."""
+    lines = JsonLines(tmp_path / "x.jsonl")
+    assert lines.last() is None
+    lines.append({"step": 1})
+    lines.append({"step": 2})
+    with lines.path.open("a") as file:
+        file.write('{"step": 3')
+    assert {"step": 2} == lines.last()
+
+
+def test_a_warning_is_one_line_on_stderr_as_it_is(capsys):
+    """Where there is no terminal, too: not folded, not coloured, brackets and colons untouched."""
+    line = "code [bold] reaches :smile: its limit " + "x" * 200
+    with progress_bar("train", total=3, shown=True) as bar:
+        bar.warn(line)
+    captured = capsys.readouterr()
+    assert ("", f"ddkmix: warning: {line}\n") == (captured.out, captured.err)

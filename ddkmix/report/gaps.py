@@ -47,9 +47,14 @@ def render_gaps(
     rows = [_cells(losses, weights, i) for i in range(len(losses.domains))]
     rows.append(_mean_cells(losses))
     if style == "markdown":
-        lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return render_markdown(header, rows)
     return render_table(header, rows, title)
+
+
+def render_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the first column is left-aligned, the others right-aligned."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def render_table(

@@ -1,56 +1,158 @@
-"""What a run will serve, and the memory it will want, before any model is loaded."""
+"""What a run will serve, and the memory it will want: before it starts, or from where it is now."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from ddkmix.checkpoint import read_run_config
 from ddkmix.config import RunConfig
 from ddkmix.hub import parameter_counts, read_model_config
 from ddkmix.loader import DomainMixture
 from ddkmix.pack import PackedDomain
-from ddkmix.planner import project_epochs
-from ddkmix.report.gaps import render_table
+from ddkmix.planner import PlannerState, PlanSettings
+from ddkmix.projection import Projection, cap_warning, end_warning, project
+from ddkmix.provenance import read_blocks
+from ddkmix.report.gaps import Format, render_markdown, render_table
+from ddkmix.report.history import outlook, read_intervals
 
 
-def render_plan(config: RunConfig, packed: Mapping[str, PackedDomain], mixture: DomainMixture) -> str:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Column:
+    title: str
+    key: str
+    style: str
+    """Format of the cell; None is a dash."""
+
+
+_START = (
+    _Column(title="train rows", key="train_rows", style=","),
+    _Column(title="train tokens", key="train_tokens", style=","),
+    _Column(title="held-out rows", key="held_out_rows", style=","),
+    _Column(title="weight", key="weight", style=".3f"),
+    _Column(title="rows served", key="rows", style=",.0f"),
+    _Column(title="epochs", key="epochs", style=".2f"),
+    _Column(title="max epochs", key="max_epochs", style="g"),
+    _Column(title="reached at", key="cap_step", style=","),
+)
+_MIDWAY = (
+    _Column(title="train rows", key="train_rows", style=","),
+    _Column(title="weight", key="weight", style=".3f"),
+    _Column(title="served", key="served", style=","),
+    _Column(title="epochs", key="epochs_served", style=".2f"),
+    _Column(title="rows at end", key="rows", style=",.0f"),
+    _Column(title="epochs at end", key="epochs", style=".2f"),
+    _Column(title="max epochs", key="max_epochs", style="g"),
+    _Column(title="reached at", key="cap_step", style=","),
+)
+
+
+def render_plan(
+    config: RunConfig, packed: Mapping[str, PackedDomain], mixture: DomainMixture, style: Format = "table"
+) -> str:
     """Rows, tokens and epochs per domain under the mixture's present weights, and memory."""
     steps, weights = config.trainer.steps, mixture.weights
-    projection = project_epochs(mixture.settings, mixture.state, steps)
-    rows, warnings = [], []
-    for i, name in enumerate(mixture.domains):
-        train, held_out = packed[name].train, packed[name].held_out
-        epochs, cap_step = projection[name]
-        cap = mixture.settings.cap_rows[i]
-        rows.append(
-            [
-                name,
-                f"{train.num_rows:,}",
-                f"{train.num_tokens:,}",
-                f"{min(held_out.num_rows, config.evaluation.rows):,}",
-                f"{weights[name]:.3f}",
-                f"{epochs * train.num_rows:,.0f}",
-                f"{epochs:.2f}",
-                "-" if cap is None else f"{cap / train.num_rows:g}",
-            ]
-        )
-        if cap_step is not None:
-            warnings.append(
-                f"{name} reaches its max_epochs at step {cap_step:,}; then mixture.on_cap = "
-                f"{config.mixture.on_cap!r}."
-            )
-    header = [
-        "domain", "train rows", "train tokens", "held-out rows", "weight", "rows served", "epochs",
-        "max epochs",
-    ]  # fmt: skip
+    sizes = None
+    if config.mixture.count == "tokens":
+        trains = [packed[name].train for name in mixture.domains]
+        sizes = [train.num_tokens / train.num_rows for train in trains]
+    projection = project(mixture.settings, mixture.state, steps, sizes)
+    domains = _domains(mixture.settings, mixture.state, projection)
+    for name, row in domains.items():
+        row["weight"] = weights[name]
+        row["train_tokens"] = packed[name].train.num_tokens
+        row["held_out_rows"] = min(packed[name].held_out.num_rows, config.evaluation.rows)
     per_step = config.trainer.batch_rows * config.pack.seq_len
     updates = -(-steps // config.mixture.interval_steps) - 1
-    lines = [
-        render_table(header, rows, "under the weights of the first interval"),
+    tree = {
+        "step": 0,
+        "steps": steps,
+        "end_step": projection.end_step,
+        "tokens": steps * per_step,
+        "weight_updates": updates,
+        "domains": domains,
+        "warnings": _warnings(mixture.settings, projection, steps),
+        "memory": _memory(config),
+    }
+    sizes_line = (
         f"{steps:,} steps x {config.trainer.batch_rows} rows x {config.pack.seq_len} tokens = "
         f"{steps * per_step:,} tokens ({per_step:,} a step); {updates} weight updates after the first "
-        f"interval ({config.mixture.interval_steps:,} steps each).",
-        *(f"warning: {warning}" for warning in warnings),
-        _memory(config),
+        f"interval ({config.mixture.interval_steps:,} steps each)."
+    )
+    title = "under the weights of the first interval"
+    return _render(tree, style, title, _START, [sizes_line], [str(tree["memory"])])
+
+
+def render_run_plan(run_dir: Path, style: Format = "table") -> str:
+    """Where a run is heading from its last weight update: rows and epochs so far, and at its end.
+
+    Raises:
+        RunError: the folder is not a run, or has no weight update that says the planner's state.
+    """
+    steps = int(read_run_config(run_dir)["trainer"]["steps"])
+    record = read_intervals(run_dir)[-1]
+    settings, state, projection = outlook(record, read_blocks(run_dir), steps, run_dir)
+    domains = _domains(settings, state, projection)
+    for i, (name, row) in enumerate(domains.items()):
+        row["weight"] = record["weights"][name]
+        row["served"] = state.served[i]
+        row["epochs_served"] = state.served[i] / settings.num_rows[i]
+    tree = {
+        "step": state.step,
+        "steps": steps,
+        "end_step": projection.end_step,
+        "domains": domains,
+        "warnings": _warnings(settings, projection, steps),
+    }
+    title = f"after step {state.step:,} of {steps:,}, under the weights since then"
+    return _render(tree, style, title, _MIDWAY, [], [])
+
+
+def _domains(
+    settings: PlanSettings, state: PlannerState, projection: Projection
+) -> dict[str, dict[str, Any]]:
+    found = {}
+    for i, name in enumerate(settings.domains):
+        cap, domain = settings.cap_rows[i], projection.domains[name]
+        found[name] = {
+            "train_rows": settings.num_rows[i],
+            "rows": domain.rows,
+            "epochs": domain.epochs,
+            "max_epochs": None if cap is None else cap / settings.num_rows[i],
+            "cap_step": domain.cap_step,
+        }
+    return found
+
+
+def _warnings(settings: PlanSettings, projection: Projection, steps: int) -> list[str]:
+    capped = [name for name, domain in projection.domains.items() if domain.cap_step is not None]
+    return [
+        *(cap_warning(settings, name, projection, steps) for name in capped),
+        *end_warning(settings, projection, steps),
     ]
-    return "\n".join(lines)
+
+
+def _render(
+    tree: Mapping[str, Any],
+    style: Format,
+    title: str,
+    columns: Sequence[_Column],
+    before: Sequence[str],
+    after: Sequence[str],
+) -> str:
+    """The tree as JSON, or its domains as a table with lines around the warnings."""
+    if style == "json":
+        return json.dumps(tree, indent=1, allow_nan=False)
+    header = ["domain", *(column.title for column in columns)]
+    rows = [
+        [name, *("-" if row[c.key] is None else format(row[c.key], c.style) for c in columns)]
+        for name, row in tree["domains"].items()
+    ]
+    lines = [*before, *(f"warning: {warning}" for warning in tree["warnings"]), *after]
+    if style == "markdown":
+        return "\n\n".join([f"**{title}**", render_markdown(header, rows), *lines])
+    return "\n".join([render_table(header, rows, title), *lines])
 
 
 def _memory(config: RunConfig) -> str:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 from ddkmix.config import parse_config
 from ddkmix.errors import ConfigError, RunError
 from ddkmix.loader import DomainMixture
+from ddkmix.planner import plan_step
 from ddkmix.replay import Replay
 from ddkmix.report.seen import parse_steps, render_seen
 from ddkmix.setup import train
@@ -93,6 +95,30 @@ def test_every_step_is_replayed_after_caps(tiny_config: Make, record: Batches) -
     last = list(read_lines(run_dir / "intervals.jsonl"))[-1]
     assert 0 < len(last["projected"]) < 3  # or nothing would be capped
     check_every_step(run_dir, record)
+
+
+@pytest.mark.skipif(
+    "tokens_of" not in signature(plan_step).parameters, reason="this planner knows no shares of tokens"
+)
+def test_every_step_is_replayed_where_weights_are_shares_of_tokens(
+    tmp_path: Path, tiny_config: Make, record: Batches
+) -> None:
+    """Rows of many lengths decide who is served: their indices are needed, and are said to be when gone."""
+    for name in ("code", "prose"):
+        write_domain(tmp_path / "domains", name, shards=9, per_shard=1)
+    tree = tiny_config(
+        domains=[str(tmp_path / "domains")],
+        cache_dir=str(tmp_path / "cache"),
+        trainer={"steps": 9},
+        mixture={"interval_steps": 4, "count": "tokens"},
+        policy={"name": "ddk"},
+    )
+    run_dir = run(tree)
+    check_every_step(run_dir, record)
+    assert Replay(run_dir).block(1).row_sizes is not None
+    shutil.rmtree(tmp_path / "cache" / "rows")
+    with pytest.raises(RunError, match=r"weights are shares of tokens in this run, so its packed rows"):
+        render_seen(run_dir, (3, 3), "table")
 
 
 @pytest.mark.parametrize("kept", [2, 4, 7])
@@ -389,27 +415,20 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path) -> None:
 # --- substitutes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by_name", [True, False])
-def test_substitutes_are_shown_in_place(copy: Path, by_name: bool) -> None:
+@pytest.mark.parametrize("form", ["name", "shard's name", "shard's number"])
+def test_substitutes_are_shown_in_place(copy: Path, form: str) -> None:
     """The row that was really served, whose place it took, and why; the last attempt counts."""
     rows = records(copy, 5)
     damaged = rows[2]
     names = [shard.name for shard in Replay(copy).block(5).domains[0].shards]
     log = JsonLines(copy / "substitutions.jsonl")
     for attempt in (0, 1):
-        log.append(
-            {
-                "step": 5,
-                "domain": damaged["domain"],
-                "j": damaged["j"],
-                "attempt": attempt,
-                "shard": damaged["shard"],
-                "row": damaged["row"],
-                "substitute_shard": names[attempt] if by_name else attempt,
-                "substitute_row": 3 + attempt,
-                "reason": "checksum",
-            }
-        )
+        place = {"substitute_shard": names[attempt] if form == "shard's name" else attempt}
+        substitute = {**place, "substitute_row": 3 + attempt}
+        if form == "name":
+            substitute = {"substitute": f"{damaged['domain']}/{names[attempt]}#{3 + attempt}"}
+        common = {key: damaged[key] for key in ("step", "domain", "j", "shard", "row")}
+        log.append({**common, **substitute, "attempt": attempt, "reason": "checksum"})
     changed = records(copy, 5)
     assert rows[:2] + rows[3:] == changed[:2] + changed[3:]
     assert f"{damaged['domain']}/{names[1]}#4" == changed[2]["name"]

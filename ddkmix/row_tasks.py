@@ -1,0 +1,203 @@
+"""What a reader process does: one task in, the rows of one step out. Nothing here holds any state.
+
+    Task (domain, j) -> (shard, row) -> bytes, checked -> RowBatch
+
+A damaged row is replaced by another of its domain that depends on seed, domain and j alone, so neither counts
+nor any other row move, whoever reads it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt
+
+from ddkmix.errors import DataError, RowError
+from ddkmix.order import locate_rows
+from ddkmix.rows import OpenFiles, RowReader
+from ddkmix.storage.reader import ByteReader
+from ddkmix.stream import Stream
+
+_ATTEMPTS = 8
+"""Substitutes to try for one row; when all are bad, it is not a matter of single rows."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """What one worker call must read."""
+
+    version: int
+    domain_ids: Int[np.ndarray, " b"]
+    """Sorted."""
+    row_numbers: Int[np.ndarray, " b"]
+    """The j of each row."""
+    slot: int = 0
+    """Where in the ring a worker leaves the tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Substitution:
+    """A row that was not the one that was packed, and the row of its domain that was served instead."""
+
+    domain: str
+    j: int
+    attempt: int
+    """Substitutes that were damaged too."""
+    shard: str
+    row: int
+    """The damaged row."""
+    substitute_shard: str
+    substitute_row: int
+    """The row that stands in for it."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowBatch:
+    """What a worker sends back: compact, because it crosses a process boundary."""
+
+    version: int
+    slot: int
+    num_tokens: Int[np.ndarray, " b"]
+    tokens: UInt[np.ndarray, "b T"] | None = None
+    """Of the stored type; None while they are in the ring."""
+    substitutions: tuple[Substitution, ...] = ()
+    error: str | None = None
+
+
+class Ring:
+    """Shared memory that workers write tokens into, a slot for every task that can be under way.
+
+    A tensor that a worker sends costs about a millisecond of shared memory and sockets, whatever its size; a
+    slot costs nothing, and the loop copies it anyway when it widens the tokens.
+    """
+
+    def __init__(self, slots: int, shape: tuple[int, int], dtype: str) -> None:
+        from torch import empty, uint8
+
+        self._shape, self._dtype = shape, np.dtype(dtype)
+        self._size = shape[0] * shape[1] * self._dtype.itemsize
+        memory: Any = empty(slots * self._size, dtype=uint8)
+        self._memory = memory.share_memory_()
+
+    def slot(self, i: int) -> UInt[np.ndarray, "b T"]:
+        """A view of one slot."""
+        part = self._memory[i * self._size : (i + 1) * self._size]
+        tokens: UInt[np.ndarray, "b T"] = part.numpy().view(self._dtype).reshape(self._shape)
+        return tokens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """The rows of one domain in a task."""
+
+    domain: int
+    reader: RowReader
+    slots: slice
+    """Where they go."""
+    numbers: Int[np.ndarray, " n"]
+    shards: Int[np.ndarray, " n"]
+    rows: Int[np.ndarray, " n"]
+
+
+class TaskReader:
+    """A map-style dataset whose keys are tasks; the only code that runs in workers."""
+
+    def __init__(self, stream: Stream, remote: ByteReader, version: Any, ring: Ring | None) -> None:
+        files = OpenFiles()
+        self._readers = [RowReader(domain, files, remote) for domain in stream.rows]
+        self._remote = remote
+        self._orders, self._version = stream.orders, version
+        self._ring, self._dtype = ring, stream.dtype
+
+    def __getitem__(self, task: Task) -> RowBatch:
+        if task.version < self._version.value:
+            return RowBatch(task.version, task.slot, task.row_numbers)  # reading it would be wasted
+        if self._ring is None:
+            tokens = np.empty((len(task.row_numbers), self._readers[0].rows.seq_len), dtype=self._dtype)
+        else:
+            tokens = self._ring.slot(task.slot)
+        try:
+            num_tokens, substitutions = self._read(task, tokens)
+        except DataError as error:  # as a value, or the worker's traceback would bury the message
+            return RowBatch(task.version, task.slot, task.row_numbers, error=str(error))
+        sent = tokens if self._ring is None else None
+        return RowBatch(task.version, task.slot, num_tokens, sent, substitutions)
+
+    def _read(
+        self, task: Task, tokens: UInt[np.ndarray, "b T"]
+    ) -> tuple[Int[np.ndarray, " b"], tuple[Substitution, ...]]:
+        num_tokens = np.empty(len(tokens), dtype=np.int64)
+        substitutions: list[Substitution] = []
+        parts = list(self._parts(task))
+        answers = self._ask(parts)
+        for part in parts:
+            reader, numbers, shards, rows = part.reader, part.numbers, part.shards, part.rows
+            num_tokens[part.slots] = reader.num_tokens(shards, rows)
+            failures = self._fill(part, tokens[part.slots], answers)
+            for i, failure in failures.items():
+                bad = int(shards[i]), int(rows[i])
+                record, row, length = self._substitute(part.domain, int(numbers[i]), bad, failure)
+                slot = part.slots.start + i
+                tokens[slot], num_tokens[slot] = row, length
+                substitutions.append(record)
+        return num_tokens, tuple(substitutions)
+
+    def _parts(self, task: Task) -> Iterator[_Part]:
+        domains, starts = np.unique(task.domain_ids, return_index=True)
+        ends = [*starts[1:].tolist(), len(task.domain_ids)]
+        for domain, start, end in zip(domains.tolist(), starts.tolist(), ends, strict=True):
+            numbers = task.row_numbers[start:end]
+            shards, rows = locate_rows(self._orders[domain], numbers)
+            yield _Part(domain, self._readers[domain], slice(start, end), numbers, shards, rows)
+
+    def _ask(self, parts: Sequence[_Part]) -> Iterator[bytes]:
+        """The bytes of all remote rows: one round trip for all domains."""
+        requests = [
+            r for part in parts if part.reader.is_remote for r in part.reader.requests(part.shards, part.rows)
+        ]
+        return iter(self._remote.read(requests)) if requests else iter(())
+
+    def _fill(
+        self, part: _Part, tokens: UInt[np.ndarray, "n T"], answers: Iterator[bytes]
+    ) -> dict[int, RowError]:
+        reader = part.reader
+        own = list(islice(answers, len(tokens))) if reader.is_remote else None
+        if reader.rows.dtype == self._dtype:
+            return reader.read_into(tokens, part.shards, part.rows, own)
+        narrow = np.empty(tokens.shape, dtype=reader.rows.dtype)
+        failures = reader.read_into(narrow, part.shards, part.rows, own)
+        tokens[:] = narrow
+        return failures
+
+    def _substitute(
+        self, domain: int, j: int, bad: tuple[int, int], failure: RowError
+    ) -> tuple[Substitution, UInt[np.ndarray, " T"], int]:
+        """A row that depends on seed, domain and j alone, whoever reads it."""
+        reader, order = self._readers[domain], self._orders[domain]
+        starts = reader.rows.places.starts
+        for attempt in range(_ATTEMPTS):
+            key = f"{order.seed}\0{order.domain}\0{j}\0{attempt}".encode()
+            place = int.from_bytes(blake2b(key, digest_size=8).digest()) % order.num_rows
+            shard = int(np.searchsorted(starts, place, side="right")) - 1
+            row = place - int(starts[shard])
+            try:
+                tokens = reader.read(shard, row)
+            except RowError:
+                continue
+            names = [index.name for index in reader.rows.shards]
+            record = Substitution(
+                domain=order.domain,
+                j=j,
+                attempt=attempt,
+                shard=names[bad[0]],
+                row=bad[1],
+                substitute_shard=names[shard],
+                substitute_row=row,
+                reason=str(failure),
+            )
+            return record, tokens, int(reader.rows.places.num_tokens[place])
+        raise DataError(f"{failure} {_ATTEMPTS} substitutes of the domain are damaged too.")
