@@ -67,6 +67,33 @@ def pack(
 
 
 @app.command()
+def index(
+    folder: Annotated[
+        Path, typer.Argument(help="Has train/*.tar and held_out/*.tar of .npy rows.", show_default=False)
+    ],
+    tokenizer: Annotated[str, typer.Option(help="Folder or Hub id of the tokenizer that made them.")],
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of the longest row.")],
+    license: Annotated[str, typer.Option(help="Of the text.")],
+    name: Annotated[str | None, typer.Option(help="Of the domain; the folder's when unset.")] = None,
+    separator: Annotated[str | None, typer.Option(help="Token between documents.")] = None,
+    style: FormatOption = "table",
+) -> None:
+    """Make rows that others packed usable: an index beside each tar, and rows.json for a card to name."""
+    from ddkmix.pack import pack_report
+    from ddkmix.pack.foreign import index_rows
+    from ddkmix.pack.opening import open_packed
+    from ddkmix.report.packing import render_packing
+    from ddkmix.tokenizer import read_tokenizer
+
+    _check_format(style)
+    card = read_tokenizer(tokenizer, separator=separator)
+    domain = name or folder.resolve().name
+    manifest = index_rows(folder, card, seq_len=seq_len, name=domain, license=license)
+    packed = open_packed(str(folder), manifest=manifest, cache_dir=folder)
+    print(render_packing(pack_report({domain: packed}), style))  # type: ignore[arg-type]  # checked above
+
+
+@app.command()
 def lint(
     config: Config,
     overrides: Overrides = None,

@@ -264,7 +264,7 @@ def test_help_loads_nothing_heavy(tmp_path):
     assert [] == heavy_modules(run_main("--help"), tmp_path)
 
 
-@pytest.mark.parametrize("command", ["lint", "plan"])
+@pytest.mark.parametrize("command", ["lint", "plan", "pack"])
 def test_lint_and_plan_load_nothing_heavy(command, tmp_path, tiny_config, write_config):
     """They answer from cards, packed rows and the model's small files; `plan` even packs on the way."""
     config = write_config(tiny_config(cache_dir=str(tmp_path / "cache")))

@@ -81,7 +81,7 @@ def test_pack_reports_in_every_format(
     assert ["code", "math", "prose", "total"] == list(report)
     assert 20 + 32 + 44 == report["total"]["train"]["documents"]
     assert ddkmix("pack", config) == 0
-    table = capsys.readouterr().out.splitlines()
+    table = capsys.readouterr().out.strip().splitlines()
     assert ddkmix("pack", config, "--format", "markdown") == 0
     lines = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -93,7 +93,7 @@ def test_pack_reports_in_every_format(
 def test_pack_by_parts_and_publish(
     tiny_config: Make, write_config: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Parts say what waits for others; published rows are a card's `rows`, and a run plans the same with them."""
+    """Parts say what waits for others; published rows are a card's `rows`, and plans stay the same."""
     config = write_config(tiny_config(cache_dir=str(tmp_path / "cache")))
     assert ddkmix("pack", config, "--part", "1/2") == 0
     assert "part 1/2 is done; other parts are not, of code, math, prose." in capsys.readouterr().err
@@ -111,6 +111,26 @@ def test_pack_by_parts_and_publish(
     assert ddkmix("plan", config, cards, f"cache_dir={tmp_path}/other") == 0
     assert expected == capsys.readouterr().out
     assert "set it to 32" in refused(capsys, "lint", config, cards, "pack.seq_len=16")
+
+
+def test_index_makes_rows_of_others_usable(
+    tiny_config: Make, write_config: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Packed tars without their indices, as another program might have written them, are rows."""
+    tree = tiny_config(cache_dir=str(tmp_path / "cache"))
+    config = write_config(tree)
+    assert ddkmix("pack", config, "--out", tmp_path / "out") == 0
+    for path in [*(tmp_path / "out").rglob("*.npz"), *(tmp_path / "out").rglob("rows.json")]:
+        path.unlink()
+    arguments = ["--tokenizer", tree["teacher"]["model"], "--license", "CC0-1.0"]
+    capsys.readouterr()
+    folder = tmp_path / "out" / "code"
+    assert "a row has 1 to --seq-len = 8" in refused(capsys, "index", folder, *arguments, "--seq-len", 8)
+    assert ddkmix("index", folder, *arguments, "--seq-len", 32, "--format", "json") == 0
+    assert json.loads(capsys.readouterr().out)["code"]["train"]["rows"] > 0
+    card = tmp_path / "card.yaml"
+    card.write_text(yaml.safe_dump({"name": "code", "license": "CC0-1.0", "rows": str(folder)}))
+    assert ddkmix("plan", config, f"domains=[{card}]") == 0
 
 
 def test_plan_follows_the_settings_of_the_mixture(

@@ -284,7 +284,7 @@ def locations(domain: Domain) -> list[str]:
 
 
 def test_stars_match_files_in_order(folder: Path) -> None:
-    """`*` is a wildcard in a path, `**` goes into folders; other glob characters are plain; folders do not match."""
+    """`**` goes into folders; other glob characters are plain; only files match."""
     (folder / "train-9").mkdir()
     (folder / "deep").mkdir()
     (folder / "deep" / "a[1].tar").write_bytes(b"x")
