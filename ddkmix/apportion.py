@@ -118,7 +118,10 @@ def _joint_bounds(num_domains: int) -> tuple[int, ...]:
 
 
 def share_out(total: int, weights: Sequence[Fraction | int]) -> tuple[int, ...]:
-    """`total` split in proportion to `weights` by largest remainder; a positive weight gets at least 1."""
+    """`total` split in proportion to `weights` by largest remainder; a positive weight gets at least 1.
+
+    `total` must be at least the square of the number of weights, so that the largest can pay for that.
+    """
     whole = sum(weights)
     exact = [Fraction(total) * weight / whole for weight in weights]
     parts = [max(int(e), 1) if weight > 0 else 0 for e, weight in zip(exact, weights, strict=True)]

@@ -98,7 +98,7 @@ def _follow(
     Kept domains keep weights in proportion, credits and places; what removed ones were owed goes to the kept
     ones; new domains start with their natural weight, and those with other data at their first row.
     """
-    old = list(state["data"])
+    old = sorted(state["data"])
     place = {name: i for i, name in enumerate(old)}
     kept = [name for name in identity.data if name in place]
     added = sum(w for name, w in zip(identity.data, natural, strict=True) if name not in place)

@@ -54,7 +54,9 @@ def locate_rows(
     order: DomainOrder, numbers: Int[np.ndarray, " n"]
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     """The places (shards, rows in their shard) of many rows; the same as `locate` of each, but fast."""
-    first, last = int(numbers.min(initial=0)), int(numbers.max(initial=0))
+    if not len(numbers):
+        return numbers, numbers
+    first, last = int(numbers.min()), int(numbers.max())
     epoch, position = divmod(first, order.num_rows)
     block, offset = divmod(position, order.block_rows)
     if offset + last - first < min(order.block_rows, order.num_rows - block * order.block_rows):

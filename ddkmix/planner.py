@@ -182,8 +182,8 @@ def project_epochs(
         rows, cap = state.served[i] + remaining * rate, settings.cap_rows[i]
         at = None
         if cap is not None and rows > cap and rate > 0:
-            at = state.step + int((cap - state.served[i]) / (rate * settings.batch_rows))
-            rows = cap
+            at = state.step + max(int((cap - state.served[i]) / (rate * settings.batch_rows)), 0)
+            rows = max(cap, state.served[i])
         projection[domain] = (rows / settings.num_rows[i], at)
     return projection
 
@@ -237,8 +237,6 @@ def _serve_tokens(
             if (weight or credit[i] > 0)
             and (settings.on_cap != "renormalize" or not room or room[i] is None or counts[i] < room[i])  # type: ignore[operator]
         ]
-        if not any(weights[i] for i in candidates):
-            _without_capped(settings, state.weights, _sum(state.served, counts))  # says so
         chosen = max(candidates, key=lambda i: (credit[i], weights[i], -i))
         limit = room[chosen] if room else None
         if limit is not None and counts[chosen] >= limit:
@@ -259,7 +257,8 @@ def _room(settings: PlanSettings, served: Sequence[int]) -> list[int | None] | N
     """Rows that each domain may still serve; None where nothing is capped (the usual case, and cheap)."""
     if not any(cap is not None for cap in settings.cap_rows):
         return None
-    return [None if cap is None else cap - s for cap, s in zip(settings.cap_rows, served, strict=True)]
+    pairs = zip(settings.cap_rows, served, strict=True)
+    return [None if cap is None else max(cap - rows, 0) for cap, rows in pairs]  # a resume may lower caps
 
 
 def _sum(first: Sequence[int], second: Sequence[int]) -> list[int]:

@@ -135,6 +135,7 @@ class RowReader:
         Raises:
             DataError: a shard cannot be opened or read.
         """
+        assert tokens.flags.c_contiguous  # a copy would be filled instead
         if self._remote is not None and answers is None:
             answers = self._remote.read(self.requests(shards, rows))
         index = self.rows.places
@@ -166,13 +167,17 @@ class RowReader:
 
     def _fill(self, target: memoryview, shard: int, offset: int) -> int:
         """Read as many bytes as `target` holds; fewer at the end of a file or where the disk is damaged."""
-        location = self.rows.shards[shard].location
+        location, done = self.rows.shards[shard].location, 0
         try:
-            return os.preadv(self._files.of(location), [target], offset)
+            while done < len(target):  # a network file system may give less than asked for
+                count = os.preadv(self._files.of(location), [target[done:]], offset + done)
+                if not count:
+                    break
+                done += count
         except OSError as error:
-            if error.errno == errno.EIO:
-                return 0
-            raise DataError(f"{location} cannot be read ({error.strerror}).") from None
+            if error.errno != errno.EIO:
+                raise DataError(f"{location} cannot be read ({error.strerror}).") from None
+        return done
 
     def _failure(self, shard: int, row: int, count: int) -> RowError:
         index = self.rows.shards[shard]

@@ -15,10 +15,10 @@ causal models of transformers keep documents apart when they get these as `posit
 """
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 
-def document_positions(input_ids: Int[np.ndarray, "B T"], separator_id: int) -> Int[np.ndarray, "B T"]:
+def document_positions(input_ids: Integer[np.ndarray, "B T"], separator_id: int) -> Int[np.ndarray, "B T"]:
     """The position of each token in its document's segment, counted from 0."""
     index = np.arange(input_ids.shape[1])
     begins = (input_ids == separator_id) | (index == 0)

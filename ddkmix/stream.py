@@ -5,7 +5,8 @@ Nothing here depends on who reads the rows: ranks, workers and prefetching are t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from math import inf
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -73,17 +74,25 @@ def describe_stream(
     """The stream of some packed rows; the arguments are those of `loader.DomainMixture`.
 
     Raises:
-        ConfigError: batch_rows or count is wrong.
+        ConfigError: an argument is wrong.
         DataError: the domains have no rows or rows of different length.
     """
-    if batch_rows < 1 or block_rows < 1 or count not in ("rows", "tokens"):
+    if batch_rows < 1 or block_rows < 1 or count not in get_args(Count):
         raise ConfigError(
             f"batch_rows = {batch_rows}, block_rows = {block_rows}, count = {count!r}; the first two must be "
             "at least 1, the last 'rows' or 'tokens'."
         )
+    if on_cap not in get_args(OnCap) or (max_epochs is not None and not 0 < max_epochs < inf):
+        raise ConfigError(
+            f"on_cap = {on_cap!r}, max_epochs = {max_epochs}; the first must be one of "
+            f"{', '.join(map(repr, get_args(OnCap)))}, the other > 0 or None."
+        )
     names = [domain.domain for domain in rows]
     if len(set(names)) < len(names):
         raise DataError(f"domains {sorted(names)} are not distinct; a row belongs to one domain.")
+    empty = [domain.domain for domain in rows if not domain.num_rows]
+    if empty:
+        raise DataError(f"domains {empty} have no rows; add documents or leave them out.")
     lengths = {domain.domain: domain.seq_len for domain in rows}
     if len(set(lengths.values())) != 1:
         raise DataError(f"domains must have rows of one length; seq_len by domain: {lengths}.")
@@ -115,7 +124,9 @@ def describe_stream(
                 "block_rows": block_rows,
                 "count": count,
                 "on_cap": on_cap,
-                "cap_rows": list(caps),
+                "cap_rows": {
+                    domain.domain: cap for domain, cap in zip(rows, caps, strict=True) if cap is not None
+                },
             },
         ),
         count=count,

@@ -71,6 +71,69 @@ def test_the_commands_from_documents_to_history(
     assert 1 == pytest.approx(sum(row["weight"] for row in report.values()))
 
 
+def test_pack_reports_in_every_format(
+    tiny_config: Make, write_config: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Per domain and split and in total, with the same numbers in the table, JSON and Markdown."""
+    config = write_config(tiny_config(cache_dir=str(tmp_path / "cache")))
+    assert ddkmix("pack", config, "--format", "json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert ["code", "math", "prose", "total"] == list(report)
+    assert 20 + 32 + 44 == report["total"]["train"]["documents"]
+    assert ddkmix("pack", config) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert ddkmix("pack", config, "--format", "markdown") == 0
+    lines = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [line.split() for line in table[-1:]] == [cells[-1]]
+    assert 2 + 4 * 2 == len(lines)
+    assert f"{report['total']['held_out']['tokens']:,}" in cells[-1]
+
+
+def test_pack_by_parts_and_publish(
+    tiny_config: Make, write_config: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parts say what waits for others; published rows are a card's `rows`, and a run plans the same with them."""
+    config = write_config(tiny_config(cache_dir=str(tmp_path / "cache")))
+    assert ddkmix("pack", config, "--part", "1/2") == 0
+    assert "part 1/2 is done; other parts are not, of code, math, prose." in capsys.readouterr().err
+    assert ddkmix("pack", config, "--part", "2/2", "--out", tmp_path / "out") == 0
+    assert f"rows: {tmp_path}/out/code" in capsys.readouterr().err
+    assert "--part 3/2: must be" in refused(capsys, "pack", config, "--part", "3/2")
+    assert ddkmix("plan", config) == 0
+    expected = capsys.readouterr().out
+    for name in ("code", "math", "prose"):
+        card = {"name": name, "license": "CC0-1.0", "rows": f"out/{name}"}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(card))
+    cards = f"domains=[{tmp_path}/code.yaml, {tmp_path}/math.yaml, {tmp_path}/prose.yaml]"
+    assert ddkmix("lint", config, cards) == 0
+    assert "3 domains (3 packed), 0 shards" in capsys.readouterr().out
+    assert ddkmix("plan", config, cards, f"cache_dir={tmp_path}/other") == 0
+    assert expected == capsys.readouterr().out
+    assert "set it to 32" in refused(capsys, "lint", config, cards, "pack.seq_len=16")
+
+
+def test_plan_follows_the_settings_of_the_mixture(
+    tiny_config: Make, write_config: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A wrong block_rows would be the run's mistake, so `plan` sees it; the seed changes no count."""
+    config = write_config(tiny_config())
+    assert ddkmix("plan", config) == 0
+    expected = capsys.readouterr().out
+    assert ddkmix("plan", config, "seed=7", "mixture.block_rows=3", "loader.workers=2") == 0
+    assert expected == capsys.readouterr().out
+
+
+def test_lint_asks_no_store_unless_told(
+    tmp_path: Path, tiny_config: Make, write_config: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --remote a dead server is no mistake; with it, it is one line."""
+    write_domain(tmp_path, "code", train="http://127.0.0.1:9/0.tar")
+    config = write_config(tiny_config(domains=[str(tmp_path / "code.yaml")], storage={"attempts": 1}))
+    assert ddkmix("lint", config) == 0
+    assert "http://127.0.0.1:9/0.tar" in refused(capsys, "lint", config, "--remote")
+
+
 def test_gaps_without_a_config_takes_a_student_a_teacher_and_domains(
     tiny_teacher: Path, tiny_domains: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

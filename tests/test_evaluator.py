@@ -13,40 +13,18 @@ from ddkmix.config import Teacher
 from ddkmix.distillation import DistillationModel, predicted
 from ddkmix.errors import DataError
 from ddkmix.evaluator import Evaluator, HeldOut, NatsCache, row_nats, select_rows, summarise
-from ddkmix.index import DomainRows, ShardIndex, row_checksums
 from ddkmix.models import load_teacher
 from ddkmix.rows import RowReader
 from ddkmix.trainer import token_nats
+from tests import hand_made
 
 CPU = torch.device("cpu")
 SEQ_LEN, PADDING = 6, 0
 
 
-def write_rows(folder, domain, shards, *, fingerprint="f"):
-    """Packed rows from lists of lists of tokens, one list per shard; a text of n tokens has 3 n bytes."""
-    indices = []
-    for i, rows in enumerate(shards):
-        path = folder / f"{domain}-{i}.tar"
-        tokens = np.full((len(rows), SEQ_LEN), PADDING, dtype="<u2")
-        for r, row in enumerate(rows):
-            tokens[r, : len(row)] = row
-        path.write_bytes(tokens.tobytes())
-        lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        indices.append(
-            ShardIndex(
-                location=str(path),
-                size=path.stat().st_size,
-                sha256="",
-                offsets=np.arange(len(rows), dtype=np.int64) * SEQ_LEN * 2,
-                num_tokens=lengths,
-                num_bytes=3 * (lengths - 1),
-                crc32=row_checksums(tokens),
-                seq_len=SEQ_LEN,
-                dtype="<u2",
-                report={},
-            )
-        )
-    return DomainRows(domain=domain, shards=tuple(indices), fingerprint=fingerprint)
+def write_rows(folder, domain, shards, **options):
+    """Packed rows from lists of lists of tokens, one list per shard."""
+    return hand_made.write_rows(folder, domain, shards, seq_len=SEQ_LEN, padding=PADDING, **options)
 
 
 def random_rows(folder, domain="code", *, shards=(5, 4), seed=0, shortest=2, **options):
@@ -168,10 +146,10 @@ def test_sums_do_not_depend_on_the_padding(tmp_path, model_nats):
     held_out = select_rows(random_rows(tmp_path), 9)
     expected = row_nats(held_out, model_nats, batch_rows=4, device=CPU)
     for index in held_out.rows.shards:
-        tokens = np.fromfile(index.path, dtype="<u2").reshape(-1, SEQ_LEN)
+        tokens = np.fromfile(index.location, dtype="<u2").reshape(-1, SEQ_LEN)
         for row, length in enumerate(index.num_tokens):
             tokens[row, length:] = 299
-        tokens.tofile(index.path)
+        tokens.tofile(index.location)
     sums = row_nats(held_out, model_nats, batch_rows=4, device=CPU)
     torch.testing.assert_close(expected, sums, rtol=1e-5, atol=1e-5)
 
@@ -208,7 +186,7 @@ def test_nats_are_transformers_own_loss(tmp_path, tiny_teacher, model_nats):
 def held_out_of(counts, domain="code", num_bytes=None):
     """Held-out rows of which only the counts matter."""
     counts = np.array(counts, dtype=np.int64)
-    rows = DomainRows(domain=domain, shards=(), fingerprint="f")
+    rows = hand_made.unread_rows(domain, [[]], seq_len=SEQ_LEN)
     places = tuple((0, i) for i in range(len(counts)))
     own_bytes = 4 * counts if num_bytes is None else np.array(num_bytes)
     return HeldOut(rows=rows, places=places, num_tokens=counts, num_bytes=own_bytes)

@@ -9,8 +9,16 @@ from typing import Any
 
 import pytest
 
+from ddkmix import fingerprint
 from ddkmix.errors import DataError
-from ddkmix.fingerprint import FileDigests, hash_file, hash_json, write_atomically
+from ddkmix.fingerprint import (
+    FileDigests,
+    hash_file,
+    hash_json,
+    remove_abandoned,
+    replacing,
+    write_atomically,
+)
 
 
 def sha256(data: bytes) -> str:
@@ -199,3 +207,54 @@ def test_folders_are_made_on_the_way(tmp_path: Path) -> None:
     """A cache folder need not exist."""
     write_atomically(tmp_path / "a" / "b" / "file", "text")
     assert ["file"] == [path.name for path in (tmp_path / "a" / "b").iterdir()]
+
+
+def test_files_of_killed_writers_are_removed_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+    """A lock ends with its process; other files are nobody's business."""
+    left, other = tmp_path / ".a.tar.0123abcd.tmp", tmp_path / "b.tmp"
+    left.write_bytes(b"half")
+    other.write_bytes(b"not ours")
+    with replacing(tmp_path / "c.tar") as file:
+        file.write(b"half")
+        remove_abandoned(tmp_path)
+        assert not left.exists()
+        file.write(b" and half")
+    assert b"half and half" == (tmp_path / "c.tar").read_bytes()
+    assert {"b.tmp", "c.tar"} == {path.name for path in tmp_path.iterdir()}
+
+
+def test_many_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    """Each has a temporary file of its own, also where process ids are equal (containers, other machines)."""
+    with replacing(tmp_path / "a") as one:
+        one.write(b"one ")
+        with replacing(tmp_path / "a") as two:
+            two.write(b"two")
+        assert b"two" == (tmp_path / "a").read_bytes()
+        one.write(b"more")
+    assert b"one more" == (tmp_path / "a").read_bytes()
+    assert ["a"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_a_writer_whose_file_was_taken_for_abandoned_makes_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The moment between creating a file and locking it: the cleaner comes by."""
+    lock, calls = fingerprint.fcntl.flock, []
+
+    def late(descriptor: Any, operation: int) -> None:
+        if not calls:
+            calls.append(1)
+            remove_abandoned(tmp_path)
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fingerprint.fcntl, "flock", late)
+    write_atomically(tmp_path / "a", "text")
+    assert "text" == (tmp_path / "a").read_text()
+    assert calls
+
+
+def test_files_are_as_readable_as_any(tmp_path: Path) -> None:
+    """Others may read what is published: the mode is the process's umask, not a temporary file's 0600."""
+    write_atomically(tmp_path / "a", "text")
+    (tmp_path / "b").write_text("text")
+    assert (tmp_path / "b").stat().st_mode == (tmp_path / "a").stat().st_mode

@@ -1,10 +1,7 @@
-"""The index of a packed shard, and reading one row."""
+"""The index of a packed shard, and the indices of a domain end to end."""
 
-import errno
-import io
 import os
-import pickle
-import tarfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +12,20 @@ from hypothesis import strategies as st
 
 from ddkmix.domains import load_domains
 from ddkmix.errors import DataError
-from ddkmix.index import DomainRows, RowReader, ShardIndex, index_path, read_index, write_index
+from ddkmix.fingerprint import hash_file
+from ddkmix.index import (
+    DomainRows,
+    ShardIndex,
+    index_path,
+    read_index,
+    read_sidecar,
+    row_checksums,
+    write_index,
+)
 from ddkmix.pack import pack_domains
 from ddkmix.tokenizer import read_tokenizer
 from tests.conftest import write_domain
+from tests.hand_made import unread_rows, write_rows
 
 SEQ_LEN = 16
 
@@ -47,16 +54,11 @@ def shard(packed: DomainRows, tmp_path: Path) -> ShardIndex:
     return read_index(path)
 
 
-def rows_of(*shards: ShardIndex) -> DomainRows:
-    """Rows of a domain called code."""
-    return DomainRows(domain="code", shards=shards, fingerprint="f")
-
-
 def check_same(expected: ShardIndex, actual: ShardIndex) -> None:
     """Two indices say the same."""
-    for field in ("path", "seq_len", "dtype", "report"):
+    for field in ("location", "size", "sha256", "seq_len", "dtype", "report"):
         assert getattr(expected, field) == getattr(actual, field)
-    for field in ("offsets", "num_tokens", "num_bytes"):
+    for field in ("offsets", "num_tokens", "num_bytes", "crc32"):
         assert getattr(expected, field).tolist() == getattr(actual, field).tolist()
 
 
@@ -124,7 +126,7 @@ def test_what_is_no_index_is_refused(shard: ShardIndex, content: bytes) -> None:
     assert damage_is_noticed(shard, content)
 
 
-@pytest.mark.parametrize("missing", ["offsets", "num_tokens", "num_bytes", "meta"])
+@pytest.mark.parametrize("missing", ["offsets", "num_tokens", "num_bytes", "crc32", "meta"])
 def test_an_index_without_one_of_its_parts_is_refused(shard: ShardIndex, missing: str) -> None:
     """Every array is needed."""
     with np.load(index_path(Path(shard.location))) as arrays:
@@ -189,17 +191,40 @@ def test_a_shard_of_another_size_is_refused(shard: ShardIndex, change: int) -> N
     ) == str(info.value)
 
 
-# --- reading rows -----------------------------------------------------------------------------------
+def test_a_sidecar_is_read_without_its_shard(shard: ShardIndex) -> None:
+    """Shards of a remote store stay there: the index alone says where their rows are."""
+    Path(shard.location).unlink()
+    index = read_sidecar(index_path(Path(shard.location)), "s3://bucket/rows/train-000000.tar")
+    check_same(replace(shard, location="s3://bucket/rows/train-000000.tar"), index)
+    assert "train-000000.tar" == index.name == shard.name
 
 
-def test_rows_are_read_in_any_order(packed: DomainRows) -> None:
-    """Each row is what numpy reads from its member of the tar."""
-    reader = RowReader(packed)
-    for shard in (1, 0):
-        with tarfile.open(packed.shards[shard].path) as tar:
-            expected = [np.load(io.BytesIO(tar.extractfile(member).read())).tolist() for member in tar]
-        order = [*range(0, len(expected), 2), *range(1, len(expected), 2)]
-        assert [expected[row] for row in order] == [reader.read(shard, row).tolist() for row in order]
+def test_the_index_knows_the_shards_digest(packed: DomainRows) -> None:
+    """Size and SHA-256 are those of the file."""
+    for index in packed.shards:
+        assert Path(index.location).stat().st_size == index.size
+        assert hash_file(Path(index.location)) == index.sha256
+
+
+# --- checksums --------------------------------------------------------------------------------------
+
+
+def test_checksums_are_of_the_stored_bytes_without_padding() -> None:
+    """zlib's CRC-32 of the little-endian tokens; a row without tokens has that of nothing."""
+    rows, lengths = np.array([[1, 2, 9], [3, 9, 9], [9, 9, 9]], dtype="<u2"), np.array([2, 1, 0])
+    expected = [zlib.crc32(b"\1\0\2\0"), zlib.crc32(b"\3\0"), 0]
+    assert expected == row_checksums(rows, lengths).tolist()
+    wide = [zlib.crc32(b"\1\0\0\0\2\0\0\0"), zlib.crc32(b"\3\0\0\0"), 0]
+    assert wide == row_checksums(rows.astype("<u4"), lengths).tolist()
+
+
+def test_no_rows_have_no_checksums() -> None:
+    """A shard may be empty."""
+    found = row_checksums(np.zeros((0, 4), dtype="<u2"), np.zeros(0, dtype=np.int64))
+    assert (0, np.uint32) == (len(found), found.dtype)
+
+
+# --- a domain ---------------------------------------------------------------------------------------
 
 
 def test_rows_counts_and_names(packed: DomainRows) -> None:
@@ -211,75 +236,33 @@ def test_rows_counts_and_names(packed: DomainRows) -> None:
     assert "code/train-000001.tar#17" == packed.name_of(1, 17)
 
 
-def test_a_shard_cut_while_in_use_is_noticed(shard: ShardIndex) -> None:
-    """Rows before the cut are still read; the message names the first that is not whole, and its place."""
-    rows = rows_of(shard)
-    reader = RowReader(rows)
-    expected = reader.read(0, 0).tolist()
-    offset = int(shard.offsets[3])
-    os.truncate(Path(shard.location), offset + 10)
-    assert expected == reader.read(0, 0).tolist()
-    with pytest.raises(DataError) as info:
-        reader.read(0, 3)
-    assert (
-        f"code/train-000000.tar#3: 10 of 32 bytes at offset {offset} of {shard.location}; the shard was cut "
-        "while in use."
-    ) == str(info.value)
+def test_places_are_the_indices_end_to_end(tmp_path: Path) -> None:
+    """Three shards of 2, 0 and 3 rows: starts 0, 2, 2, and one entry per row."""
+    rows = write_rows(tmp_path, "code", [[[1], [2, 3]], [], [[4], [5], [6, 7, 8]]], seq_len=4)
+    places = rows.places
+    assert [0, 2, 2] == places.starts.tolist()
+    assert [0, 8, 0, 8, 16] == places.offsets.tolist()
+    assert [1, 2, 1, 1, 3] == places.num_tokens.tolist()
+    assert [int(crc) for shard in rows.shards for crc in shard.crc32] == places.crc32.tolist()
+    assert (5, 8) == (rows.num_rows, rows.num_tokens)
 
 
-def test_a_shard_that_vanished_is_named(shard: ShardIndex) -> None:
-    """Opened only when its first row is read."""
-    reader = RowReader(rows_of(shard))
-    Path(shard.location).unlink()
-    with pytest.raises(
-        DataError, match=r"train-000000\.tar cannot be opened \(No such file or directory\)\."
-    ):
-        reader.read(0, 0)
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(st.lists(st.lists(st.integers(0, 8), max_size=6), min_size=1, max_size=6))
+def test_shards_are_views_of_the_places(lengths: list[list[int]]) -> None:
+    """Nothing is kept twice, and entry starts[shard] + row is that row."""
+    rows = unread_rows("code", lengths)
+    for shard, start, expected in zip(rows.shards, rows.places.starts, lengths, strict=True):
+        assert expected == shard.num_tokens.tolist()
+        for name in ("offsets", "num_tokens", "crc32"):
+            own, whole = getattr(shard, name), getattr(rows.places, name)
+            assert own.tolist() == whole[start : start + len(expected)].tolist()
+            assert np.shares_memory(own, whole) or not len(own)
 
 
-def test_a_disk_that_fails_is_named(shard: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the operating system says, and of which file."""
-
-    def failing(*_: int) -> bytes:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, "pread", failing)
-    with pytest.raises(DataError) as info:
-        RowReader(rows_of(shard)).read(0, 0)
-    assert f"{shard.location} cannot be read (Input/output error)." == str(info.value)
-
-
-def open_files() -> int:
-    """Files that this process holds open."""
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
-def test_few_files_are_open_at_once(shard: ShardIndex) -> None:
-    """A domain of 200 shards costs at most 64 descriptors, which come back when the reader goes."""
-    reader, before = RowReader(rows_of(*[shard] * 200)), open_files()
-    expected = reader.read(0, 1).tolist()
-    for i in [*range(200), *range(200)]:
-        assert expected == reader.read(i, 1).tolist()
-        assert open_files() <= before + 64
-    assert before + 64 == open_files()
-    del reader
-    assert before == open_files()
-
-
-def test_a_closed_reader_opens_again(packed: DomainRows) -> None:
-    """Closing is about files, not about the reader."""
-    reader = RowReader(packed)
-    expected = reader.read(0, 0).tolist()
-    reader.close()
-    reader.close()
-    assert expected == reader.read(0, 0).tolist()
-
-
-def test_a_reader_travels_without_its_files(packed: DomainRows) -> None:
-    """Descriptors mean nothing in another process, so a copy opens its own."""
-    reader = RowReader(packed)
-    expected = reader.read(1, 0).tolist()
-    copy = pickle.loads(pickle.dumps(reader))
-    reader.close()
-    assert expected == copy.read(1, 0).tolist()
+def test_a_changed_copy_has_its_own_places(tmp_path: Path) -> None:
+    """`dataclasses.replace` with other shards counts their rows."""
+    rows = write_rows(tmp_path, "code", [[[1]], [[2], [3]]], seq_len=4)
+    assert 2 == replace(rows, shards=rows.shards[1:]).num_rows
+    assert [0] == replace(rows, shards=rows.shards[1:]).places.starts.tolist()
+    assert rows.places.crc32.tolist() == replace(rows, prior=2.0).places.crc32.tolist()

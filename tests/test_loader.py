@@ -27,6 +27,7 @@ from ddkmix.planner import PlannerState, PlanSettings, initial_state, plan_step,
 from ddkmix.rows import RowReader
 from ddkmix.tokenizer import read_tokenizer
 from tests.conftest import write_domain
+from tests.hand_made import write_rows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # more workers than cores
@@ -574,7 +575,7 @@ def test_the_last_64_states_are_kept(mixture_of: Callable[..., DomainMixture]) -
     [
         ({"seed": 1}, "seed was 0 and is 1"),
         ({"batch_rows": 24}, "batch_rows was 12 and is 24"),
-        ({"max_epochs": 3.0}, "cap_rows was [None, None, None] and is ["),
+        ({"max_epochs": 3.0}, "cap_rows was {} and is {'code': "),
         ({"on_cap": "stop"}, "on_cap was 'renormalize' and is 'stop'"),
         ({"block_rows": 100}, "block_rows was 8192 and is 100"),
         ({"count": "tokens"}, "count was 'rows' and is 'tokens'"),
@@ -723,6 +724,83 @@ def test_stop_and_error_come_at_the_step_that_cannot_be_planned(
     assert steps == mixture.state.step
     mixture.set_weights(weights_of(0, 1, 0))
     assert [1] == next(mixture)["domain_ids"].unique().tolist()
+
+
+# --- weights that count tokens ----------------------------------------------------------------------
+
+TOKEN_LENGTHS = {"code": [16] * 9, "math": [2, 3, 4] * 6, "prose": [16, 1, 8, 5] * 5}
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """Domains whose rows differ in length; every row has tokens of its own."""
+    folder, made = tmp_path_factory.mktemp("uneven"), {}
+    for i, (name, lengths) in enumerate(TOKEN_LENGTHS.items()):
+        texts = [[1000 * (i + 1) + j] * length for j, length in enumerate(lengths)]
+        made[name] = write_rows(folder, name, [texts[:5], texts[5:]], seq_len=SEQ_LEN)
+    return made
+
+
+def token_steps(
+    rows: Rows, steps: int, *, world_size: int = 1, states: Sequence[Any] = (), **options: Any
+) -> tuple[list[list[int]], list[dict[str, int]], DomainMixture]:
+    """The first tokens of each global batch, sorted; the tokens of each domain in it; the first rank."""
+    ranks = [
+        DomainMixture(
+            rows,
+            **{"batch_rows": BATCH_ROWS, "weights": START, "count": "tokens", **options},
+            rank=rank,
+            world_size=world_size,
+        )
+        for rank in range(world_size)
+    ]
+    found, tokens = [], []
+    for rank in ranks:
+        for state in states:
+            rank.load_state_dict(through_json(state))
+    for step in range(ranks[0].state.step, steps):
+        first, counts = [], dict.fromkeys(DOMAINS, 0)
+        for rank in ranks:
+            if step in CHANGES and options.get("weights") is None:
+                rank.set_weights(CHANGES[step])
+            batch = next(rank)
+            first += batch["input_ids"][:, 0].tolist()
+            for domain, labels in zip(batch["domain_ids"].tolist(), batch["labels"], strict=True):
+                counts[DOMAINS[domain]] += int((labels >= 0).sum())
+        found.append(sorted(first))
+        tokens.append(counts)
+    for rank in ranks:
+        rank.close()
+    return found, tokens, ranks[0]
+
+
+def test_token_shares_follow_the_weights(uneven: Rows) -> None:
+    """Of what a model is fed, half is code though its rows are few; counting rows, code has far more."""
+    for count, agrees in (("tokens", True), ("rows", False)):
+        _, tokens, mixture = token_steps(uneven, 60, weights=START, count=count)
+        total = {name: sum(step[name] for step in tokens) for name in DOMAINS}
+        shares = {name: total[name] / sum(total.values()) for name in DOMAINS}
+        assert agrees == (START == pytest.approx(shares, abs=0.01))
+        assert 60 * BATCH_ROWS == sum(mixture.served.values())
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 2), (3, 0), (4, 1)])
+def test_batches_by_tokens_do_not_depend_on_who_reads_them(
+    uneven: Rows, world_size: int, num_workers: int
+) -> None:
+    """Under changing weights, with workers that read ahead: the same global batches, the same state."""
+    expected, _, alone = token_steps(uneven, 12, weights=None)
+    found, _, rank = token_steps(uneven, 12, weights=None, world_size=world_size, num_workers=num_workers)
+    assert expected == found
+    assert alone.state == rank.state
+
+
+def test_batches_by_tokens_resume_exactly(uneven: Rows) -> None:
+    """From the middle, on another world size."""
+    expected, _, _ = token_steps(uneven, 12)
+    _, _, half = token_steps(uneven, 5)
+    found, _, _ = token_steps(uneven, 12, states=[half.state_dict()], world_size=2)
+    assert expected[5:] == found
 
 
 # --- what goes wrong --------------------------------------------------------------------------------

@@ -1,13 +1,16 @@
 """Order: which row of a domain is its j-th."""
 
+import pickle
 from collections.abc import Callable
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddkmix.order import DomainOrder, locate
+from ddkmix import order as module
+from ddkmix.order import DomainOrder, locate, locate_rows, shards_from
 
 Locate = Callable[[DomainOrder, int], tuple[int, int]]
 
@@ -138,3 +141,87 @@ def test_rows_far_into_a_run_are_found() -> None:
     order = order_of(3, 5, 2)
     check_serves_every_row_once(order, 10**15)
     assert locate(order, 10**16 + 3) == epoch_of(order, 10**15)[3]
+
+
+# --- many rows at once ------------------------------------------------------------------------------
+
+
+def located(order: DomainOrder, numbers: list[int]) -> list[tuple[int, int]]:
+    """The places of many rows as pairs."""
+    shards, rows = locate_rows(order, np.array(numbers, dtype=np.int64))
+    return list(zip(shards.tolist(), rows.tolist(), strict=True))
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(
+    shard_rows=shard_sizes,
+    block_rows=st.integers(1, 12),
+    first=st.integers(0, 200) | st.just(10**15),
+    offsets=st.lists(st.integers(0, 40), max_size=20),
+)
+def test_many_rows_are_where_each_of_them_is(
+    shard_rows: list[int], block_rows: int, first: int, offsets: list[int]
+) -> None:
+    """Any numbers: none, in any order, repeated, over the ends of blocks and epochs."""
+    order = order_of(*shard_rows, block_rows=block_rows)
+    numbers = [first + offset for offset in offsets]
+    assert [locate(order, j) for j in numbers] == located(order, numbers)
+
+
+@pytest.mark.parametrize("first", [0, 8, 12, 24, 3 * 20 + 8, 20 * 10**12 + 12])
+def test_rows_of_one_block_are_looked_up_at_once(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
+    """Also far from the first block: one by one would take a second for a large batch."""
+    order = order_of(12, 8, block_rows=4)
+    expected = [locate(order, j) for j in range(first, first + 4)]
+
+    def one_by_one(*_: object) -> None:
+        raise AssertionError("located one by one")
+
+    monkeypatch.setattr(module, "locate", one_by_one)
+    assert expected == located(order, list(range(first, first + 4)))
+    with pytest.raises(AssertionError, match="one by one"):
+        located(order, list(range(first, first + 5)))
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(shard_rows=shard_sizes, block_rows=st.integers(1, 12), j=st.integers(0, 100))
+def test_the_next_shards_are_those_of_the_next_rows(shard_rows: list[int], block_rows: int, j: int) -> None:
+    """Exactly the shards of the rest of this block and of the next, in the order of their first row."""
+    order = order_of(*shard_rows, block_rows=block_rows)
+    starts = [
+        epoch * order.num_rows + start
+        for epoch in range(j // order.num_rows + 3)
+        for start in range(0, order.num_rows, block_rows)
+    ]
+    end = [start for start in starts if start > j][1]
+    expected = dict.fromkeys(locate(order, i)[0] for i in range(j, end))
+    assert list(expected) == shards_from(order, j)
+
+
+def test_empty_shards_are_never_served() -> None:
+    """First, in the middle and last: they have a place in the list and no rows."""
+    order = order_of(0, 3, 0, 0, 4, 0)
+    for epoch in range(20):
+        check_serves_every_row_once(order, epoch)
+        assert {1, 4} == {shard for shard, _ in epoch_of(order, epoch)}
+        assert set(shards_from(order, epoch * 7)) <= {1, 4}
+
+
+def test_only_a_few_permutations_are_kept() -> None:
+    """Memory is bounded however far a run goes, and what was forgotten comes back the same."""
+    order = order_of(20, 20, block_rows=4)
+    expected = [locate(order, j) for j in range(400)]
+    assert len(order._memory) <= 4
+    assert expected == [locate(order, j) for j in range(400)]
+
+
+def test_an_order_travels_without_its_permutations() -> None:
+    """Workers get a few numbers and make their own; the places are the same."""
+    order = order_of(5000, 5000, block_rows=10**6)
+    before = len(pickle.dumps(order))
+    expected = [locate(order, j) for j in range(50)]
+    assert len(order._memory) > 0
+    assert before == len(pickle.dumps(order))
+    copy = pickle.loads(pickle.dumps(order))
+    assert 0 == len(copy._memory)
+    assert expected == [locate(copy, j) for j in range(50)]

@@ -19,6 +19,7 @@ from ddkmix.planner import (
     PlannerState,
     PlanSettings,
     StepPlan,
+    TokensOf,
     deal,
     effective_weights,
     initial_state,
@@ -532,6 +533,179 @@ def test_a_refused_step_leaves_no_trace() -> None:
     assert (0, 0) == state.served
     _, state = plan_step(options, with_weights(state, quantise(simplex(0, 1))))
     assert (0, 4) == state.served
+
+
+def test_a_cap_below_what_was_served_is_a_cap_that_is_reached() -> None:
+    """A resume may lower max_epochs: a has served 5 rows of now 3, and its credit goes to b."""
+    options = settings_of(2, batch_rows=2, caps=(3, None))
+    state = PlannerState(step=5, version=0, weights=(ROW // 2, ROW // 2), credit=(7, -7), served=(5, 5))
+    plan, state = plan_step(options, state)
+    assert [1, 1] == plan.domain_ids.tolist()
+    assert ((5, 7), (0, 0)) == (state.served, state.credit)
+    assert (0.5, 6) == project_epochs(options, state, 20)["a"]
+
+
+@pytest.mark.parametrize("on_cap", ["stop", "error"])
+def test_a_passed_cap_without_weight_stops_nothing(on_cap: OnCap) -> None:
+    """Only a domain that is due is refused."""
+    options = settings_of(2, batch_rows=2, caps=(3, None), on_cap=on_cap)
+    state = PlannerState(step=5, version=0, weights=(0, ROW), credit=(0, 0), served=(5, 5))
+    _, state = plan_step(options, state)
+    assert (5, 7) == state.served
+
+
+# --- weights that count tokens ----------------------------------------------------------------------
+
+
+def sizes_of(*sizes: Sequence[int]) -> TokensOf:
+    """Each domain's rows have these sizes, over and over."""
+    return lambda domain, j: sizes[domain][j % len(sizes[domain])]
+
+
+def by_tokens(tokens_of: TokensOf) -> Plan:
+    """The planner with credits in tokens."""
+    return lambda options, state: plan_step(options, state, tokens_of)
+
+
+def by_rows(_: TokensOf) -> Plan:
+    """A saboteur that counts rows although weights are shares of tokens."""
+    return plan_step
+
+
+def check_tokens(
+    vectors: Sequence[np.ndarray],
+    tokens_of: TokensOf,
+    largest: int,
+    *,
+    batch_rows: int = 1,
+    planner_of: Callable[[TokensOf], Plan] = by_tokens,
+) -> None:
+    """Credits are what the weights say minus the tokens served, and lie in (-L, H_(N-1) L]."""
+    num_domains, plan = len(vectors[0]), planner_of(tokens_of)
+    options = settings_of(num_domains, batch_rows=batch_rows)
+    state = initial_state(options, vectors[0])
+    owed = [0] * num_domains
+    for vector in vectors:
+        state = with_weights(state, quantise(vector))
+        batch, after = plan(options, state)
+        assert batch_rows == len(batch.domain_ids)
+        served = [
+            sum(tokens_of(i, j) for j in range(first, end))
+            for i, (first, end) in enumerate(zip(state.served, after.served, strict=True))
+        ]
+        owed = [o + sum(served) * w - s * ROW for o, w, s in zip(owed, state.weights, served, strict=True)]
+        state = after
+        assert tuple(owed) == state.credit
+        assert sum(state.credit) == 0
+        assert min(state.credit) > -largest * ROW
+        assert Fraction(max(state.credit), ROW) <= harmonic(num_domains - 1) * largest
+
+
+@settings(deadline=None, derandomize=True, max_examples=80)
+@given(data=st.data(), num_domains=st.integers(1, 6), batch_rows=st.integers(1, 9))
+def test_token_credits_stay_bounded_under_any_weights(data: Any, num_domains: int, batch_rows: int) -> None:
+    """Rows of 1 to 100 tokens, weights that change with every step or not at all."""
+    sizes = data.draw(st.lists(st.lists(st.integers(1, 100), min_size=1, max_size=5), min_size=num_domains))[
+        :num_domains
+    ]
+    vector = st.lists(weight, min_size=num_domains, max_size=num_domains).filter(any)
+    drawn = data.draw(st.lists(st.tuples(vector, st.integers(1, 8)), min_size=1, max_size=6))
+    vectors = [simplex(*weights) for weights, repeats in drawn for _ in range(repeats)]
+    largest = max(max(rows) for rows in sizes)
+    check_tokens(vectors, sizes_of(*sizes), largest, batch_rows=batch_rows)
+
+
+def test_counting_rows_fails_the_token_check() -> None:
+    """Rows of 100 and of 10 tokens at equal weights."""
+    vectors, sizes = [simplex(1, 1)] * 40, sizes_of([100], [10])
+    check_tokens(vectors, sizes, 100, batch_rows=3)
+    with pytest.raises(AssertionError):
+        check_tokens(vectors, sizes, 100, batch_rows=3, planner_of=by_rows)
+
+
+def token_shares(
+    weights: np.ndarray, tokens_of: TokensOf, *, steps: int = 60, plan: Plan | None = None
+) -> list[float]:
+    """Shares of the tokens served after batches of 20 rows."""
+    options = settings_of(len(weights), batch_rows=20)
+    state = initial_state(options, weights)
+    for _ in range(steps):
+        _, state = (plan or by_tokens(tokens_of))(options, state)
+    tokens = [sum(tokens_of(i, j) for j in range(count)) for i, count in enumerate(state.served)]
+    return [count / sum(tokens) for count in tokens]
+
+
+def test_token_shares_follow_the_weights_where_rows_differ_in_length() -> None:
+    """A domain of full rows, one of rows a tenth as long, one of both: within one row of 1,200."""
+    weights, tokens_of = simplex(5, 3, 2), sizes_of([2048], [200, 210], [2048, 31, 1000])
+    assert weights.tolist() == pytest.approx(token_shares(weights, tokens_of), abs=5e-3)
+    by_count = token_shares(weights, tokens_of, plan=plan_step)
+    assert weights.tolist() != pytest.approx(by_count, abs=0.1)
+
+
+def test_a_plan_in_tokens_by_hand() -> None:
+    """Equal weights, rows of 4 and 2 tokens: a, then b twice to catch up, and again.
+
+    After a the credits are (-2, 2), after b (-1, 1), after b (0, 0).
+    """
+    options = settings_of(2, batch_rows=6)
+    plan, state = plan_step(options, initial_state(options, simplex(1, 1)), sizes_of([4], [2]))
+    assert [0, 0, 1, 1, 1, 1] == plan.domain_ids.tolist()
+    assert [0, 1, 0, 1, 2, 3] == plan.row_numbers.tolist()
+    assert ((2, 4), (0, 0)) == (state.served, state.credit)
+    _, state = plan_step(settings_of(2, batch_rows=2), state, sizes_of([4], [2]))
+    assert ((3, 5), (-ROW, ROW)) == (state.served, state.credit)
+
+
+def test_a_domain_without_weight_serves_only_what_it_is_owed_in_tokens() -> None:
+    """b is owed 50 tokens when it loses its weight: one row of 30, one more for the 20 left, then none."""
+    options, tokens_of = settings_of(3), sizes_of([100], [30], [10])
+    _, state = plan_step(options, initial_state(options, simplex(1, 1, 0)), tokens_of)
+    assert ((1, 0, 0), (-50 * ROW, 50 * ROW, 0)) == (state.served, state.credit)
+    state = with_weights(state, quantise(simplex(1, 0, 0)))
+    for _ in range(20):
+        _, state = plan_step(options, state, tokens_of)
+    assert (2, 0) == state.served[1:]
+    assert -30 * ROW < state.credit[1] <= 0
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(data=st.data(), num_domains=st.integers(1, 4), batch_rows=st.integers(1, 9))
+def test_caps_hold_where_weights_count_tokens(data: Any, num_domains: int, batch_rows: int) -> None:
+    """Caps stay counts of rows: none is passed, and planning ends only when too few are left."""
+    cap = st.one_of(st.none(), st.integers(0, 30))
+    vector = st.lists(weight, min_size=num_domains, max_size=num_domains).filter(any)
+    caps = data.draw(st.lists(cap, min_size=num_domains, max_size=num_domains))
+    vectors = data.draw(st.lists(vector, min_size=1, max_size=6))
+    sizes = data.draw(st.lists(st.lists(st.integers(1, 9), min_size=1), min_size=4, max_size=4))
+    check_caps(
+        settings_of(num_domains, batch_rows=batch_rows, caps=caps), vectors, by_tokens(sizes_of(*sizes))
+    )
+
+
+@pytest.mark.parametrize(("on_cap", "kind"), [("stop", MixtureExhausted), ("error", DataError)])
+def test_a_capped_domain_that_is_due_ends_token_plans(on_cap: OnCap, kind: type[Exception]) -> None:
+    """Rows of equal size, so the same as for rows: the fifth would be a's third."""
+    options, tokens_of = settings_of(2, caps=(2, None), on_cap=on_cap), sizes_of([7], [7])
+    state = initial_state(options, simplex(1, 1))
+    for _ in range(4):
+        _, state = plan_step(options, state, tokens_of)
+    with pytest.raises(DataError, match=r"domain 'a' has served its limit of 2 rows .* at step 4") as info:
+        plan_step(options, state, tokens_of)
+    assert kind is type(info.value)
+
+
+def test_token_plans_are_pure_and_survive_json() -> None:
+    """The same state, before and after JSON, gives the same plan."""
+    options, tokens_of = settings_of(3, batch_rows=5), sizes_of([9, 3], [2], [5, 5, 1])
+    state = initial_state(options, simplex(3, 2, 1))
+    for _ in range(10):
+        again = PlannerState.from_json(json.loads(json.dumps(state.to_json())))
+        first, after = plan_step(options, state, tokens_of)
+        second, after_again = plan_step(options, again, tokens_of)
+        assert first.row_numbers.tolist() == second.row_numbers.tolist()
+        assert after == after_again
+        state = after
 
 
 # --- the state --------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from ddkmix.errors import ConfigError, ModelError
-from ddkmix.tokenizer import TokenizerCard, read_tokenizer
-from tests.conftest import EOS, WORDS
+from ddkmix.tokenizer import TokenizerCard, check_separator, read_tokenizer
+from tests.conftest import EOS, TEACHER, WORDS
 
 Tree = dict[str, Any]
 
@@ -237,3 +237,59 @@ def test_a_config_that_is_no_json_is_refused(tmp_path: Path, tree: Tree, content
     (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
     (tmp_path / "tokenizer_config.json").write_bytes(content)
     assert f"{tmp_path}/tokenizer_config.json" in refusal(str(tmp_path))
+
+
+# --- separators that no text contains ---------------------------------------------------------------
+
+
+def test_a_special_token_separates(tokenizer_folder: Path) -> None:
+    """Written in a document it is read as text, so every one in a row is a document's end."""
+    check_separator(read_tokenizer(str(tokenizer_folder)))
+
+
+def test_the_teachers_separator_separates() -> None:
+    """SmolLM2's, which its pre-training put between documents."""
+    if not TEACHER.exists():
+        pytest.skip("no teacher here; `make teacher` fetches it (`make test` does)")
+    check_separator(read_tokenizer(str(TEACHER), separator=EOS))
+
+
+def check_refused(card: TokenizerCard, reason: str) -> None:
+    """One line with the separator, the reason and special tokens that there are."""
+    with pytest.raises(ConfigError, match=reason) as info:
+        check_separator(card)
+    assert "\n" not in str(info.value)
+    assert f"pack.separator = {card.separator!r}" in str(info.value)
+    assert "document_boundaries" in str(info.value)
+
+
+def test_a_word_does_not_separate(tokenizer_folder: Path) -> None:
+    """Every document holds it."""
+    check_refused(read_tokenizer(str(tokenizer_folder), separator="a"), r"is not a special token.*endoftext")
+
+
+def test_an_added_token_that_is_not_special_does_not_separate(tmp_path: Path, tree: Tree) -> None:
+    """The library reads such tokens in text, whatever it is told about special ones."""
+    tree["added_tokens"][0]["special"] = False
+    check_refused(card_of(tmp_path, tree), "is not a special token")
+
+
+def small(model: Tree, separator: str) -> Tree:
+    """A tokenizer.json with this model, whose one special token is the separator."""
+    added = {"id": model["vocab"][separator], "content": separator, "special": True}
+    added |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    nothing = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    return {"version": "1.0", "added_tokens": [added], "model": model, **dict.fromkeys(nothing)}
+
+
+def test_a_special_token_that_the_model_can_spell_does_not_separate(tmp_path: Path) -> None:
+    """The text </s> is a word of this vocabulary, with the separator's id."""
+    tree = small({"type": "WordLevel", "vocab": {"a": 0, "</s>": 1}, "unk_token": "a"}, "</s>")
+    check_refused(card_of(tmp_path, tree, separator="</s>"), r"also reads it in the text '</s>'")
+
+
+def test_the_token_for_unknown_text_does_not_separate(tmp_path: Path) -> None:
+    """Some tokenizers have one token for both; here a character that is not one of eight is the separator."""
+    vocab = {"<unk>": 0} | {letter: i for i, letter in enumerate("<unk> ab", start=1)}
+    tree = small({"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>"}, "<unk>")
+    check_refused(card_of(tmp_path, tree, separator="<unk>"), r"also reads it in the text '\\x00")

@@ -154,7 +154,17 @@ def _open(split: HubSplit) -> Any:
     folder = Path(split.dataset).resolve()  # `datasets` takes a bare name for a Hub id
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _open_saved(split, folder)
+    _refuse_zstd(split, folder)
     return datasets.load_dataset(str(folder), split.config, split=split.split, streaming=True)
+
+
+def _refuse_zstd(split: HubSplit, folder: Path) -> None:
+    """`datasets` ends silently where a zstd file is cut (measured: 7,259 of 30,000 rows, no error)."""
+    for path in sorted(folder.rglob("*.zst")):
+        raise DataError(
+            f"{split}: {path.relative_to(folder)} is zstd, of which datasets does not notice when it is cut. "
+            "Name the files as shards of the card instead, where they are checked."
+        )
 
 
 def _open_saved(split: HubSplit, folder: Path) -> Any:
@@ -168,8 +178,6 @@ def _open_saved(split: HubSplit, folder: Path) -> Any:
         saved = saved[split.split]
     elif saved.split is not None and str(saved.split) != split.split:
         raise DataError(f"{split}: no such split; {folder} is {saved.split}.")
-    if not len(saved):
-        raise DataError(f"{split}: it has no rows; save the dataset again.")
     parts = max(min(len(saved.cache_files), len(saved)), 1)
     return saved.with_format(None).to_iterable_dataset(num_shards=parts)
 

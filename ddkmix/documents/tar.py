@@ -51,8 +51,7 @@ def read_tar(path: Path, text_field: str, *, name: str, compression: str | None 
 
     Raises:
         DataError: the tar is truncated, damaged or followed by something else; its index is of another
-            tar; a document is not UTF-8 or lacks the field; a text member is a link, or there twice; or no
-            sample has one.
+            tar; a document is not UTF-8 or lacks the field; a text member is a link; or no sample has one.
         OSError: the file cannot be opened or read.
     """
     index = None
@@ -122,11 +121,8 @@ def _texts(
         text, almost = None, None
         for part in parts:
             if part.extension == wanted:
-                if text is not None:
-                    raise DataError(
-                        f"{name}: sample {shown(sample)} has two .{wanted} members; which one is the "
-                        "document? Write the shard with one."
-                    )
+                if text is not None:  # two of one name: webdataset refuses them, both are documents
+                    yield text
                 text = _text(tar, part.header, text_field, name)
             elif part.extension.endswith(f".{wanted}"):
                 almost = part

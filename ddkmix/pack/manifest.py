@@ -10,7 +10,7 @@ the same time, each may write it.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -156,8 +156,3 @@ def _check_types(manifest: Manifest) -> None:
     for split in SPLITS:
         if not isinstance(manifest.report[split], dict):
             raise TypeError("report")
-
-
-def names_of(shards: Sequence[PackedShard]) -> list[str]:
-    """The names of some shards."""
-    return [shard.name for shard in shards]

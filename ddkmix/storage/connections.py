@@ -84,8 +84,8 @@ def run(system: Any, coroutine: Coroutine[Any, Any, T], stop: threading.Event | 
             try:
                 return future.result(_TICK_S)
             except NotYet:
-                if future.done():
-                    raise
+                if future.done():  # it ended just now, perhaps with a timeout of its own
+                    return future.result()
             if stop is not None and stop.is_set():
                 raise Stopped
     except BaseException:

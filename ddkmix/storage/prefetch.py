@@ -76,6 +76,7 @@ class Prefetcher:
     def _raise_error(self) -> None:
         for shard in list(self._errors):
             error = self._errors.pop(shard)
+            self._changed.notify_all()  # it may be tried again
             if not self._cache.holds(shard):
                 raise error
 

@@ -160,6 +160,7 @@ class SpoolCache:
                 pin = self._pin_if_here(key, shard)
                 if pin is not None:
                     return pin
+                os.ftruncate(reservation.descriptor, 0)  # what a killed process reserved is not reserved now
                 self._sweep(key)
                 self._path(key).unlink(missing_ok=True)
                 self._reserve(shard, reservation, ahead, stop)

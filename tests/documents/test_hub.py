@@ -9,8 +9,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
-from ddkmix.documents import HubSplit, count_shards, hub_fingerprint, pin_revision, read_hub_documents
+from ddkmix.documents import (
+    HubSplit,
+    count_shards,
+    hub_fingerprint,
+    pin_revision,
+    read_documents,
+    read_hub_documents,
+)
 from ddkmix.errors import DataError, StorageError
 from ddkmix.fingerprint import FileDigests
 
@@ -145,9 +153,7 @@ def test_an_empty_saved_dataset_is_refused(tmp_path: Path) -> None:
     import datasets
 
     datasets.Dataset.from_dict({"text": []}).save_to_disk(str(tmp_path / "saved"))
-    assert "train: it has no rows; save the dataset again." in refusal(
-        HubSplit(dataset=str(tmp_path / "saved"))
-    )
+    assert "train cannot be read (" in refusal(HubSplit(dataset=str(tmp_path / "saved")))
 
 
 def test_dots_go_into_structs(tmp_path: Path) -> None:
@@ -186,6 +192,27 @@ def test_a_compressed_file_that_is_cut_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl.gz").write_bytes(data[: len(data) // 2])
     assert "train cannot be read (" in refusal(HubSplit(dataset=str(tmp_path / "data")))
+
+
+def test_a_folder_of_zstd_is_refused(tmp_path: Path) -> None:
+    """`datasets` reads what there is of a file that is cut, and ends without an error.
+
+    When the second half of this test fails, `datasets` has learnt it, and the refusal may go.
+    """
+    import datasets
+
+    (tmp_path / "data").mkdir()
+    frame = zstandard.ZstdCompressor().compressobj()
+    line = b'{"text": "a"}\n'
+    cut = frame.compress(line * 5) + frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    (tmp_path / "data" / "train.jsonl.zst").write_bytes(cut)
+    assert (
+        f"{tmp_path} train: data/train.jsonl.zst is zstd, of which datasets does not notice when it is cut. "
+        "Name the files as shards of the card instead, where they are checked."
+    ) == refusal(HubSplit(dataset=str(tmp_path)))
+    assert 5 == len(list(datasets.load_dataset(str(tmp_path), split="train", streaming=True)))
+    with pytest.raises(DataError, match="truncated"):
+        list(read_documents(tmp_path / "data" / "train.jsonl.zst", "text"))
 
 
 def test_a_dataset_script_is_never_run(tmp_path: Path) -> None:

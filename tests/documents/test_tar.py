@@ -136,8 +136,7 @@ def test_samples_are_those_of_webdataset(
         expected = webdataset_texts(path)
     except ValueError as error:
         assert "duplicate file name" in str(error)
-        assert "has two .txt members" in refusal(path)
-        return
+        return  # two of one name
     if any(expected):
         assert expected == list(read_documents(path, "txt"))
     else:
@@ -185,15 +184,15 @@ def test_hidden_files_are_no_samples(tmp_path: Path) -> None:
     assert ["text"] == list(read_documents(tar_of(tmp_path / "a.tar", members), "txt"))
 
 
-def test_a_sample_with_two_texts_is_refused(tmp_path: Path) -> None:
-    """As in webdataset; to take one of them would be a guess."""
+def test_two_texts_of_one_name_are_two_documents(tmp_path: Path) -> None:
+    """webdataset refuses the shard; nothing is lost here."""
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
         for text in (b"old", b"new"):
             member = tarfile.TarInfo("0.txt")
             member.size = 3
             tar.addfile(member, io.BytesIO(text))
-    assert "sample 0 has two .txt members" in refusal(path)
+    assert ["old", "new"] == list(read_documents(path, "txt"))
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE], ids=["symbolic", "hard"])

@@ -1,6 +1,5 @@
 """Servers and settings that the tests of remote stores share."""
 
-import gc
 import os
 from collections.abc import Iterator
 
@@ -19,7 +18,6 @@ def _no_connection_left() -> Iterator[None]:
     """Connections are closed after every test, so that one that leaks is noticed where it leaks."""
     yield
     disconnect()
-    gc.collect()
 
 
 @pytest.fixture

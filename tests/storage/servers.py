@@ -33,6 +33,7 @@ class WebServer(ThreadingHTTPServer):
 
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 128  # the default of 5 drops what connects at the same time
 
     def __init__(self, *, ranges: bool = True, etags: bool = True) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -43,7 +44,6 @@ class WebServer(ThreadingHTTPServer):
         self.sent: dict[str, int] = {}
         """Bytes of bodies per file."""
         self.lock = threading.Lock()
-        self.clients: set[Any] = set()
 
     def put(self, name: str, content: bytes, *faults: "Fault | None") -> str:
         """Serve a file, after these faults; returns its URL."""
