@@ -116,9 +116,11 @@ class ReadAhead:
         if self._batches is None:
             self._batches = self._start()
         for item in self._batches:
-            self._free.append(item.slot)  # taken again at the earliest when the loop comes back
+            if self._ring is not None:
+                self._free.append(item.slot)  # taken again at the earliest when the loop comes back
+                item = replace(item, tokens=self._ring.slot(item.slot))
             if item.version == self.version:
-                return item if self._ring is None else replace(item, tokens=self._ring.slot(item.slot))
+                return item
         return None
 
     def _start(self) -> Iterator[RowBatch]:
@@ -144,7 +146,7 @@ class ReadAhead:
 
     def _placed_tasks(self) -> Iterator[Task]:
         for task in self._tasks():
-            yield replace(task, slot=self._free.pop(0))
+            yield task if self._ring is None else replace(task, slot=self._free.pop(0))
 
 
 def _as_it_is(batch: Any) -> Any:

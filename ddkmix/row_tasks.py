@@ -9,7 +9,7 @@ nor any other row move, whoever reads it.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -135,21 +135,20 @@ class TaskReader:
         parts = list(self._parts(task))
         answers = self._ask(parts)
         for part in parts:
-            reader, numbers, shards, rows = part.reader, part.numbers, part.shards, part.rows
-            num_tokens[part.slots] = reader.num_tokens(shards, rows)
-            failures = self._fill(part, tokens[part.slots], answers)
+            failures = self._fill(part, tokens[part.slots], num_tokens[part.slots], answers)
             for i, failure in failures.items():
-                bad = int(shards[i]), int(rows[i])
-                record, row, length = self._substitute(part.domain, int(numbers[i]), bad, failure)
+                bad = int(part.shards[i]), int(part.rows[i])
+                record, row, length = self._substitute(part.domain, int(part.numbers[i]), bad, failure)
                 slot = part.slots.start + i
                 tokens[slot], num_tokens[slot] = row, length
                 substitutions.append(record)
         return num_tokens, tuple(substitutions)
 
     def _parts(self, task: Task) -> Iterator[_Part]:
-        domains, starts = np.unique(task.domain_ids, return_index=True)
-        ends = [*starts[1:].tolist(), len(task.domain_ids)]
-        for domain, start, end in zip(domains.tolist(), starts.tolist(), ends, strict=True):
+        ids = task.domain_ids
+        edges = [0, *(np.flatnonzero(ids[1:] != ids[:-1]) + 1).tolist(), len(ids)]
+        for start, end in pairwise(edges if len(ids) else []):
+            domain = int(ids[start])
             numbers = task.row_numbers[start:end]
             shards, rows = locate_rows(self._orders[domain], numbers)
             yield _Part(domain, self._readers[domain], slice(start, end), numbers, shards, rows)
@@ -162,14 +161,18 @@ class TaskReader:
         return iter(self._remote.read(requests)) if requests else iter(())
 
     def _fill(
-        self, part: _Part, tokens: UInt[np.ndarray, "n T"], answers: Iterator[bytes]
+        self,
+        part: _Part,
+        tokens: UInt[np.ndarray, "n T"],
+        lengths: Int[np.ndarray, " n"],
+        answers: Iterator[bytes],
     ) -> dict[int, RowError]:
         reader = part.reader
         own = list(islice(answers, len(tokens))) if reader.is_remote else None
         if reader.rows.dtype == self._dtype:
-            return reader.read_into(tokens, part.shards, part.rows, own)
+            return reader.read_into(tokens, part.shards, part.rows, own, lengths)
         narrow = np.empty(tokens.shape, dtype=reader.rows.dtype)
-        failures = reader.read_into(narrow, part.shards, part.rows, own)
+        failures = reader.read_into(narrow, part.shards, part.rows, own, lengths)
         tokens[:] = narrow
         return failures
 

@@ -81,13 +81,9 @@ class RowReader:
         """
         self.rows = rows
         self._files = files or OpenFiles()
+        self._locations = [shard.location for shard in rows.shards]
         self.is_remote = bool(rows.shards) and is_remote(rows.shards[0].location)
         self._remote = (remote or byte_reader()) if self.is_remote else None
-
-    def num_tokens(self, shards: Int[np.ndarray, " n"], rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """Tokens without padding of some rows."""
-        lengths: Int[np.ndarray, " n"] = self.rows.places.num_tokens[self.rows.places.starts[shards] + rows]
-        return lengths
 
     def read(self, shard: int, row: int) -> UInt[np.ndarray, " T"]:
         """The `seq_len` tokens of one row, padding included.
@@ -120,6 +116,7 @@ class RowReader:
         shards: Int[np.ndarray, " n"],
         rows: Int[np.ndarray, " n"],
         answers: Sequence[bytes] | None = None,
+        lengths: Int[np.ndarray, " n"] | None = None,
     ) -> dict[int, RowError]:
         """Fill `tokens` with rows, padding included.
 
@@ -128,6 +125,7 @@ class RowReader:
             shards: shard of each row.
             rows: its number in the shard.
             answers: what the store answered to `requests`, of remote rows; asked for here when None.
+            lengths: filled with the tokens of each row, without padding.
 
         Returns:
             What is wrong with each row (by its place in `tokens`) that is not the one that was packed.
@@ -141,6 +139,8 @@ class RowReader:
         index = self.rows.places
         places = index.starts[shards] + rows
         num_tokens = index.num_tokens[places]
+        if lengths is not None:
+            lengths[:] = num_tokens
         width = tokens.shape[1] * tokens.itemsize
         buffer = tokens.reshape(-1).view(np.uint8).data
         wanted = zip(
@@ -160,16 +160,16 @@ class RowReader:
                 target[:count] = answers[i]
             if count != size or zlib.crc32(target) != checksum:
                 failures[i] = self._failure(shard, int(rows[i]), count)
-        short = np.flatnonzero(num_tokens < tokens.shape[1])
-        for i in short.tolist():
-            tokens[i, num_tokens[i] :] = self.rows.padding_id
+            if size < width:
+                tokens[i, size // tokens.itemsize :] = self.rows.padding_id
         return failures
 
     def _fill(self, target: memoryview, shard: int, offset: int) -> int:
         """Read as many bytes as `target` holds; fewer at the end of a file or where the disk is damaged."""
-        location, done = self.rows.shards[shard].location, 0
+        location, done = self._locations[shard], 0
         try:
-            while done < len(target):  # a network file system may give less than asked for
+            done = os.preadv(self._files.of(location), [target], offset)
+            while 0 < done < len(target):  # a network file system may give less than asked for
                 count = os.preadv(self._files.of(location), [target[done:]], offset + done)
                 if not count:
                     break
