@@ -15,6 +15,8 @@ from ddkmix.errors import DataError
 from ddkmix.planner import PlannerState
 
 STATE_FORMAT = 2
+_ORDER = ("seed", "block_rows")
+"""Settings that say which row is a domain's j-th: others in the middle of an epoch would repeat and lose rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,17 +55,30 @@ def from_json(
         allow_changes: go on with other domains, other data or other settings.
 
     Raises:
-        DataError: it is no state of this format, or something has changed and `allow_changes` is not set.
+        DataError: it is no state of this format, something has changed and `allow_changes` is not set, or
+            what orders the rows (seed, block_rows) has changed.
     """
     if state.get("format") != STATE_FORMAT:
         raise DataError(
             f"the saved mixture state has format {state.get('format')!r} and this version reads "
             f"{STATE_FORMAT}; go on with the version that saved it."
         )
-    planner = PlannerState.from_json(dict(state["planner"]))
-    changes = _changes(state, identity)
+    try:
+        planner = PlannerState.from_json(dict(state["planner"]))
+        changes = _changes(state, identity)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"the saved mixture state is damaged ({type(error).__name__}: {error}); resume from an older one."
+        ) from None
     if not changes:
         return planner, []
+    for name in _ORDER:
+        was, now = state["settings"].get(name), identity.settings.get(name)
+        if was != now:
+            raise DataError(
+                f"the saved mixture state has {name} = {was!r} and this mixture {now!r}; it orders the rows, so "
+                "a change would repeat some and lose others. Restore it, or start a new run."
+            )
     if not allow_changes:
         raise DataError(
             f"the saved mixture state is of another stream: {'; '.join(changes)}. Restore these to go on "

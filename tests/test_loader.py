@@ -573,11 +573,11 @@ def test_the_last_64_states_are_kept(mixture_of: Callable[..., DomainMixture]) -
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"seed": 1}, "seed was 0 and is 1"),
+        ({"seed": 1}, "has seed = 0 and this mixture 1"),
         ({"batch_rows": 24}, "batch_rows was 12 and is 24"),
         ({"max_epochs": 3.0}, "cap_rows was {} and is {'code': "),
         ({"on_cap": "stop"}, "on_cap was 'renormalize' and is 'stop'"),
-        ({"block_rows": 100}, "block_rows was 8192 and is 100"),
+        ({"block_rows": 100}, "has block_rows = 8192 and this mixture 100"),
         ({"count": "tokens"}, "count was 'rows' and is 'tokens'"),
     ],
 )

@@ -1,0 +1,159 @@
+"""Packed rows on a store: the same stream as from local files, whatever the store does on the way."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ddkmix.cli import main
+from ddkmix.config import Storage, parse_config
+from ddkmix.errors import StorageError
+from ddkmix.loader import DomainMixture
+from ddkmix.pack import open_packed
+from ddkmix.setup import train
+from ddkmix.tracking import read_lines
+from tests.conftest import ConfigTree
+from tests.storage.conftest import _no_connection_left, plain_web, put_s3, s3, s3_endpoint, web
+from tests.storage.servers import WebServer, reset, status
+
+__all__ = ["_no_connection_left", "plain_web", "s3", "s3_endpoint", "web"]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+]
+STEPS = 12
+
+
+@pytest.fixture
+def published(tmp_path: Path, tiny_config: Callable[..., ConfigTree]) -> Path:
+    """Packed rows of the three tiny domains, as `ddkmix pack --out` leaves them."""
+    config = tmp_path / "pack.yaml"
+    config.write_text(yaml.safe_dump(tiny_config()))
+    main(["pack", str(config), "--out", str(tmp_path / "published")])
+    return tmp_path / "published"
+
+
+def upload(published: Path, put: Callable[[str, bytes], object]) -> None:
+    """Put every file of the packed rows on a store."""
+    for path in sorted(published.rglob("*")):
+        if path.is_file():
+            put(str(path.relative_to(published)), path.read_bytes())
+
+
+Make = Callable[..., DomainMixture]
+
+
+@pytest.fixture
+def mixture_of(tmp_path: Path) -> Iterator[Make]:
+    """A function that opens the mixture of packed rows at a location; closed with the test."""
+    made: list[DomainMixture] = []
+
+    def make(location: str, *, mode: str = "auto", attempts: int = 3, **options: Any) -> DomainMixture:
+        storage = Storage(
+            mode=mode, folder=tmp_path / f"spool-{len(made)}", attempts=attempts, timeout_s=5.0, max_gb=0.01
+        )
+        cache = tmp_path / f"cache-{len(made)}"
+        rows = {
+            name: open_packed(f"{location}/{name}", cache_dir=cache, storage=storage).train
+            for name in ("code", "math", "prose")
+        }
+        made.append(DomainMixture(rows, batch_rows=6, storage=storage, block_rows=16, **options))
+        return made[-1]
+
+    yield make
+    for mixture in made:
+        mixture.close()
+
+
+def batches(mixture: DomainMixture, steps: int = STEPS) -> list[Any]:
+    """Tokens and labels of the next steps, weights changed in the middle."""
+    found = []
+    for step in range(steps):
+        if step == steps // 2:
+            mixture.set_weights({"code": 1.0, "math": 1.0, "prose": 1.0})
+        batch = next(mixture)
+        found.append((batch["input_ids"].tolist(), batch["labels"].tolist(), batch["domain_ids"].tolist()))
+    return found
+
+
+@pytest.mark.parametrize(("mode", "num_workers"), [("ranged", 0), ("ranged", 2), ("spool", 0), ("spool", 2)])
+def test_rows_on_a_web_server_are_the_local_ones(
+    published: Path, mixture_of: Make, web: WebServer, mode: str, num_workers: int
+) -> None:
+    """By ranges or from spooled shards, in this process or in workers."""
+    upload(published, web.put)
+    expected = batches(mixture_of(str(published)))
+    assert expected == batches(mixture_of(web.url("").rstrip("/"), mode=mode, num_workers=num_workers))
+    asked = [r for name in ("code", "math") for r in web.ranges_asked(f"{name}/train/train-000000.tar") if r]
+    assert (mode == "ranged") == bool([r for r in asked if r != "bytes=0-0"])
+
+
+def test_a_server_without_ranges_is_spooled(published: Path, mixture_of: Make, plain_web: WebServer) -> None:
+    """`auto` finds out by itself."""
+    upload(published, plain_web.put)
+    assert batches(mixture_of(str(published))) == batches(mixture_of(plain_web.url("").rstrip("/")))
+
+
+def test_rows_in_a_bucket_are_the_local_ones(published: Path, mixture_of: Make, s3: str) -> None:
+    """S3, with credentials from the environment."""
+    upload(published, lambda name, data: put_s3(f"{s3}/{name}", data))
+    assert batches(mixture_of(str(published))) == batches(mixture_of(s3))
+
+
+def test_failures_on_the_way_change_nothing(published: Path, mixture_of: Make, web: WebServer) -> None:
+    """Two answers of every shard fail before it is served: the rows are the same and none is substituted."""
+    upload(published, web.put)
+    for path in published.rglob("train/*.tar"):
+        web.put(str(path.relative_to(published)), path.read_bytes(), status(503), reset(10))
+    mixture = mixture_of(web.url("").rstrip("/"), attempts=6)
+    assert batches(mixture_of(str(published))) == batches(mixture)
+    assert [] == mixture.substitutions
+
+
+def test_a_store_that_is_gone_is_no_damaged_row(published: Path, mixture_of: Make, web: WebServer) -> None:
+    """One line, no substitute, and the same step once the store is back."""
+    upload(published, web.put)
+    expected = batches(mixture_of(str(published)))
+    mixture = mixture_of(web.url("").rstrip("/"), mode="ranged", attempts=1)
+    found = batches(mixture, 2)[:0]
+    for path in published.rglob("train/*.tar"):
+        web.put(str(path.relative_to(published)), path.read_bytes(), *[status(500)] * 40)
+    step = mixture.state.step
+    with pytest.raises(StorageError) as info:
+        next(mixture)
+    assert "\n" not in str(info.value)
+    assert [] == mixture.substitutions
+    assert step == mixture.state.step
+    upload(published, web.put)
+    mixture = mixture_of(web.url("").rstrip("/"), mode="ranged")
+    found += batches(mixture)
+    assert expected == found
+
+
+def test_a_run_trains_on_remote_rows(
+    published: Path,
+    tmp_path: Path,
+    tiny_config: Callable[..., ConfigTree],
+    s3: str,
+) -> None:
+    """Cards that name packed rows in a bucket: the metrics of the run on local documents, byte for byte."""
+    upload(published, lambda name, data: put_s3(f"{s3}/{name}", data))
+    for name in ("code", "math", "prose"):
+        card = {"name": name, "rows": f"{s3}/{name}", "license": "CC0-1.0"}
+        (tmp_path / "cards").mkdir(exist_ok=True)
+        (tmp_path / "cards" / f"{name}.yaml").write_text(yaml.safe_dump(card))
+    local = tiny_config(run_dir=str(tmp_path / "local"), trainer={"steps": 5})
+    remote = tiny_config(
+        run_dir=str(tmp_path / "remote"),
+        trainer={"steps": 5},
+        domains=[str(tmp_path / "cards")],
+        cache_dir=str(tmp_path / "cache"),
+        storage={"attempts": 2},
+    )
+    train(parse_config(local, where="test"))
+    train(parse_config(remote, where="test"))
+    for name in ("metrics.jsonl", "intervals.jsonl"):
+        assert [*read_lines(tmp_path / "local" / name)] == [*read_lines(tmp_path / "remote" / name)]
+    assert os.environ["AWS_ACCESS_KEY_ID"] not in (tmp_path / "remote" / "data.json").read_text()
