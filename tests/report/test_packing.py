@@ -45,8 +45,8 @@ def test_the_table_has_a_line_per_split() -> None:
     """With thousands separators, and a question mark for what nobody counted."""
     lines = render_packing(report(), "table").splitlines()
     code = next(line for line in lines if line.lstrip().startswith("code"))
-    assert (
-        "code train 1,000 7 15,000 60,000 4.00 1,000 6.25% 5 2 duplicate of held-out, 1 empty" == " ".join(code.split())
+    assert "code train 1,000 7 15,000 60,000 4.00 1,000 6.25% 5 2 duplicate of held-out, 1 empty" == " ".join(
+        code.split()
     )
     math = next(line for line in lines if line.lstrip().startswith("math"))
     assert "? -" == " ".join(math.split()[-2:])
