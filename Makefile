@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TEACHER := models/smollm2-135m-instruct
 
-.PHONY: install teacher quickstart test check fix bench clean
+.PHONY: install teacher quickstart test check fix bench bench-loader soak clean
 
 install: $(VENV)/installed
 
@@ -37,6 +37,13 @@ fix: install
 
 bench: teacher
 	$(BIN)/python tools/bench_step.py
+
+# The peers are installed into an environment of their own, .cache/bench-loader/venv.
+bench-loader: teacher
+	$(BIN)/python tools/bench_loader.py --json .cache/bench-loader/results.json
+
+soak: install
+	OMP_NUM_THREADS=1 $(BIN)/python tools/soak.py --steps 200000
 
 clean:
 	rm -rf $(VENV) .cache runs

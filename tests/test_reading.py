@@ -81,6 +81,11 @@ def read(ranks: Sequence[DomainMixture], steps: int) -> list[list[int]]:
     return found
 
 
+def flat(batches: list[list[int]]) -> list[int]:
+    """All rows, one after the other."""
+    return [token for batch in batches for token in batch]
+
+
 def substitutes(ranks: Sequence[DomainMixture]) -> list[Substitution]:
     """What stood in on any rank, in the order of the stream."""
     return sorted((s for mixture in ranks for s in mixture.substitutions), key=lambda s: (s.domain, s.j))
@@ -92,7 +97,7 @@ def substitutes(ranks: Sequence[DomainMixture]) -> list[Substitution]:
 def check_only_bad_rows_change(whole: list[list[int]], found: list[list[int]]) -> None:
     """Every slot has its row of the undamaged stream, or a good row of the domain in place of a bad one."""
     bad, changed = {number + 1 for number in BAD}, 0
-    for expected, actual in zip(sum(whole, []), sum(found, []), strict=True):
+    for expected, actual in zip(flat(whole), flat(found), strict=True):
         if expected in bad:
             changed += 1
             assert actual < 100
@@ -106,7 +111,7 @@ def check_only_bad_rows_change(whole: list[list[int]], found: list[list[int]]) -
 def test_substitutes_do_not_depend_on_who_reads(
     rows: dict[str, DomainRows], mixture_of: Mixtures, world_size: int, num_workers: int
 ) -> None:
-    """The same batches and the same records for any ranks and workers; no other row moves, no count changes."""
+    """The same batches and the same records for any ranks and workers; nothing else moves."""
     whole = mixture_of()
     undamaged = read([whole], STEPS)
     damage_code(rows)
@@ -191,7 +196,7 @@ def test_substitutes_that_are_damaged_too_are_passed_over(
     """Half of the rows are bad: only the good ones are served."""
     damage_code(rows, range(0, 12, 2))
     found = read([mixture_of(weights=ONLY_CODE)], 4)
-    assert {2, 4, 6, 8, 10, 12} == set(sum(found, []))
+    assert {2, 4, 6, 8, 10, 12} == set(flat(found))
 
 
 def test_a_domain_that_is_all_bad_is_an_error(rows: dict[str, DomainRows], mixture_of: Mixtures) -> None:
@@ -269,6 +274,14 @@ def test_strict_means_no_substitute_at_all(rows: dict[str, DomainRows], mixture_
         read([mixture_of(max_substitutes=0)], STEPS)
 
 
+def test_the_limit_itself_is_allowed(rows: dict[str, DomainRows], mixture_of: Mixtures) -> None:
+    """Two epochs with one damaged row are two substitutes: a limit of 2 suffices, one of 1 does not."""
+    damage_code(rows, [0])
+    assert 4 == len(read([mixture_of(weights=ONLY_CODE, max_substitutes=2)], 4))
+    with pytest.raises(RowError, match="It is damaged row 2; max_substitutes allows 1"):
+        read([mixture_of(weights=ONLY_CODE, max_substitutes=1)], 4)
+
+
 # --- what is told -----------------------------------------------------------------------------------
 
 
@@ -300,7 +313,7 @@ def test_what_was_read_ahead_and_dropped_is_not_reported(
     read([mixture], 1)
     time.sleep(0.3)  # the second step, and some behind it, are read
     mixture.set_weights(ONLY_MATH)
-    assert all(token > 100 for token in sum(read([mixture], 6), []))
+    assert all(token > 100 for token in flat(read([mixture], 6)))
     assert ([], []) == (mixture.substitutions, caplog.records)
 
 

@@ -45,7 +45,7 @@ def test_orders_know_seed_block_and_shards() -> None:
 
 
 def test_a_row_has_the_size_of_its_text() -> None:
-    """Where weights count tokens, without padding, in every epoch; where they count rows, nothing is asked."""
+    """Where weights count tokens, without padding, in every epoch; for rows, nothing is asked."""
     stream = stream_of(count="tokens")
     tokens_of = stream.tokens_of
     assert tokens_of is not None
@@ -169,7 +169,7 @@ def test_what_makes_no_stream_is_refused(
 
 @pytest.mark.parametrize("options", [{"count": "bytes"}, {"on_cap": "renormalise"}])
 def test_unknown_words_are_refused(options: dict[str, Any]) -> None:
-    """Without the type checks of these tests, as users call it: an unknown word is never taken for another."""
+    """Without the type checks of these tests, as users call it: no word is taken for another."""
     ((name, value),) = options.items()
     with pytest.raises(ConfigError, match=rf"{name} = '{value}'"):
         inspect.unwrap(describe_stream)([CODE], batch_rows=4, **options)

@@ -10,7 +10,6 @@ workers and ranks. The oracle (`soak_oracle.py`) checks every row. At the end: e
 
 import argparse
 import contextlib
-import gc
 import json
 import os
 import random
@@ -27,6 +26,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 import numpy as np  # noqa: E402
+import soak_growth  # noqa: E402
 from loader_bench.packed import open_domains, write_domain  # noqa: E402
 from soak_oracle import Oracle, Violation  # noqa: E402
 
@@ -40,10 +40,6 @@ WORLD_SIZES = (1, 2, 3, 4, 6)
 _SEQ_LEN = 16
 _ATTEMPTS = 4
 _BLOCK_ROWS = 64
-_WARM_UP = 0.25
-"""Share of the steps after which memory and descriptors must not grow any more."""
-_MORE_MEMORY = 24 * 2**20
-_MORE_FILES = 16
 
 
 @dataclass(slots=True)
@@ -56,6 +52,8 @@ class Soak:
     chance: random.Random
     with_workers: float
     """Share of the episodes."""
+    kills: float
+    """Share of the steps."""
     ranks: list[DomainMixture] = field(default_factory=list)
     workers: int = 0
     events: Counter[str] = field(default_factory=Counter)
@@ -98,6 +96,7 @@ def soak(
     *,
     minutes: float = 60,
     with_workers: float = 0.1,
+    kills: float = 0.008,
     spoil: Callable[[int, list[dict[str, Any]]], list[dict[str, Any]]] = lambda step, batches: batches,
 ) -> tuple[list[str], dict[str, Any]]:
     """Serve that many steps; returns what was wrong and a report.
@@ -108,6 +107,7 @@ def soak(
         seed: of the rows, their order and every event.
         minutes: give up after this long.
         with_workers: share of the episodes that have reader processes.
+        kills: share of the steps before which a reader process is killed, where there are any.
         spoil: changes what the ranks received before the oracle sees it; tests lose and repeat rows here.
     """
     rows = write_rows(folder, seed)
@@ -117,6 +117,7 @@ def soak(
         oracle=Oracle(rows, seed=seed, batch_rows=BATCH_ROWS, block_rows=_BLOCK_ROWS),
         chance=random.Random(seed),  # noqa: S311
         with_workers=with_workers,
+        kills=kills,
     )
     started = time.monotonic()
     violations: list[str] = []
@@ -130,7 +131,8 @@ def soak(
         _close(run)
         if run.handler is not None:
             signal.signal(signal.SIGCHLD, run.handler)
-    violations += _growth(run, steps)
+    violations += soak_growth.violations(run.memory, steps)
+    ends = soak_growth.ends(run.memory, steps)
     report = {
         "steps": run.oracle.step,
         "rows": run.oracle.step * BATCH_ROWS,
@@ -140,8 +142,8 @@ def soak(
         "epochs": {name: round(run.oracle.served[name] / size, 1) for name, size in SIZES.items()},
         "largest deviation, rows": round(run.oracle.largest_deviation, 3),
         "bound H_N, rows": round(run.oracle.bound, 3),
-        "resident MiB, warm and last": [round(m / 2**20) for _, m, _ in _ends(run, steps)],
-        "descriptors, warm and last": [f for _, _, f in _ends(run, steps)],
+        "resident MiB, warm and last": [round(m / 2**20) for _, m, _ in ends],
+        "descriptors, warm and last": [f for _, _, f in ends],
         "violations": len(violations),
     }
     return violations, report
@@ -161,21 +163,21 @@ def write_rows(folder: Path, seed: int) -> dict[str, list[np.ndarray]]:
 
 def _episode(run: Soak, steps: int, total: int, spoil: Any) -> None:
     end = run.oracle.step + steps
-    _sample(run)
+    run.memory.append(soak_growth.sample(run.oracle.step))
     while run.oracle.step < end:
         draw = run.chance.random()
         if draw < 0.04:
             _change_weights(run)
-        elif draw < 0.048:
-            _kill(run)
-        elif draw < 0.05:
+        elif draw < 0.044:
             run.events["closed"] += 1
             for mixture in run.ranks:
                 mixture.close()
-        elif draw < 0.052:
+        elif draw < 0.046:
             run.events["state reloaded"] += 1
             for mixture in run.ranks:
                 mixture.load_state_dict(json.loads(json.dumps(mixture.state_dict())))
+        if run.chance.random() < run.kills:
+            _kill(run)
         _step(run, spoil)
     run.events["resumed"] += 1
     _restart(run, json.loads(json.dumps(run.ranks[0].state_dict())))
@@ -201,8 +203,8 @@ def _receive(run: Soak, rank: int) -> dict[str, Any] | None:
     try:
         with _child_signals(run):
             batch = next(mixture)
-    except (DataError, RuntimeError) as error:
-        if not run.workers or "worker" not in str(error):
+    except Exception as error:
+        if not run.workers or not _says_dead(error):
             raise Violation(f"rank {rank}: {type(error).__name__}: {error}") from None
         run.events[f"worker deaths reported as {type(error).__name__}"] += 1
         if mixture.state.step != run.oracle.step:
@@ -215,6 +217,15 @@ def _receive(run: Soak, rank: int) -> dict[str, Any] | None:
             mixture.close()
         return None
     return {name: tensor.numpy().copy() for name, tensor in batch.items()}
+
+
+def _says_dead(error: BaseException | None) -> bool:
+    """Whether it is about a reader process: a signal handler may raise in anything, which may wrap it."""
+    while error is not None:
+        if isinstance(error, DataError | RuntimeError) and "worker" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextlib.contextmanager
@@ -302,33 +313,6 @@ def _close(run: Soak) -> None:
     for mixture in run.ranks:
         mixture.close()
     run.ranks = []
-
-
-def _sample(run: Soak) -> None:
-    gc.collect()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    descriptors = len(list(Path("/proc/self/fd").iterdir()))
-    run.memory.append((run.oracle.step, pages * os.sysconf("SC_PAGE_SIZE"), descriptors))
-
-
-def _ends(run: Soak, steps: int) -> list[tuple[int, int, int]]:
-    """The first sample after the warm-up and the last one (the middle ones of three, to be fair to noise)."""
-    warm = [sample for sample in run.memory if sample[0] >= _WARM_UP * steps] or run.memory[-1:]
-    groups = (warm[:5], warm[-5:])
-    return [(g[0][0], *(sorted(s[i] for s in g)[len(g) // 2] for i in (1, 2))) for g in groups if g]
-
-
-def _growth(run: Soak, steps: int) -> list[str]:
-    ends = _ends(run, steps)
-    if len(ends) < 2:
-        return []
-    (_, memory, files), (_, memory_after, files_after) = ends
-    found = []
-    if memory_after - memory > _MORE_MEMORY:
-        found.append(f"memory grew from {memory} to {memory_after} bytes after warm-up")
-    if files_after - files > _MORE_FILES:
-        found.append(f"open descriptors grew from {files} to {files_after} after warm-up")
-    return found
 
 
 if __name__ == "__main__":

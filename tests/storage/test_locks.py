@@ -1,6 +1,7 @@
 """Locks that live and die with their process."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -67,6 +68,44 @@ def test_a_lock_on_a_deleted_file_is_not_a_lock(tmp_path: Path) -> None:
     assert os.fstat(got[0].descriptor).st_ino == path.stat().st_ino
     assert locks.exclusive_if_free(path) is None
     got[0].close()
+
+
+def test_who_waits_to_share_a_file_that_is_evicted_finds_none(tmp_path: Path) -> None:
+    """The evictor holds it alone, deletes it and lets go: there is nothing to share any more."""
+    path = tmp_path / "a"
+    evictor = locks.exclusive(path)
+    got: list[locks.Lock | None] = []
+    waiting = threading.Thread(target=lambda: got.append(locks.shared(path)))
+    waiting.start()
+    time.sleep(0.2)
+    path.unlink()
+    evictor.close()
+    waiting.join()
+    assert [None] == got
+
+
+def test_locks_of_a_killed_parent_do_not_live_on_in_its_workers(tmp_path: Path) -> None:
+    """They were forked while it held them, and are still there."""
+    path = tmp_path / "a"
+    code = (
+        "import os, time; from pathlib import Path; from ddkmix.storage import locks\n"
+        f"lock = locks.exclusive(Path({str(path)!r}))\n"
+        "child = os.fork()\n"
+        "if child == 0:\n    time.sleep(60)\n    os._exit(0)\n"
+        "print(child, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        try:
+            process.kill()
+            process.wait()
+            time.sleep(0.1)
+            lock = locks.exclusive_if_free(path)
+            assert lock is not None
+            lock.close()
+        finally:
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:

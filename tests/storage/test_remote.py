@@ -170,6 +170,31 @@ def test_what_lies_behind_the_end_is_an_error(web: WebServer, settings: Storage,
     assert 1 == len(web.asked)
 
 
+def test_what_lies_behind_the_end_of_other_stores_is_an_error(
+    s3: str, tmp_path: Path, settings: Storage
+) -> None:
+    """They answer with fewer bytes, or with a refusal."""
+    (tmp_path / "a.tar").write_bytes(CONTENT)
+    for location in (put_s3(f"{s3}/a.tar", CONTENT), f"file://{tmp_path}/a.tar"):
+        with pytest.raises(StorageError, match="1 of 2 bytes came at offset 299999"):
+            read_ranges([(location, 299_999, 2)], settings, backoff_s=FAST)
+        with pytest.raises(StorageError):
+            read_ranges([(location, 300_000, 2)], settings, backoff_s=FAST)
+
+
+def test_a_flood_is_not_read(web: WebServer) -> None:
+    """The right range in the head, and the whole file behind it."""
+
+    def flood(handler: servers.Handler) -> None:
+        handler.start(206, len(handler.content), Content_Range=f"bytes 5-14/{len(handler.content)}")
+        handler.body(handler.content)
+
+    url = web.put("a.tar", bytes(30_000_000), flood)
+    with pytest.raises(StorageError, match="30000000 bytes of 10 are to come"):
+        read_ranges([(url, 5, 10)], Storage(attempts=1), backoff_s=FAST)
+    assert web.sent.get("a.tar", 0) < 30_000_000
+
+
 PASSING: dict[str, servers.Fault] = {
     "reset before the body": servers.reset(0),
     "reset in the body": servers.reset(40),
@@ -220,7 +245,7 @@ def test_a_server_that_always_sends_everything_is_named(plain_web: WebServer, se
     url = plain_web.put("a.tar", bytes(30_000_000))
     with pytest.raises(StorageError, match=r"ignores Range.*set storage\.mode=spool"):
         read_ranges([(url, 5, 100)], settings, backoff_s=FAST)
-    assert plain_web.sent["a.tar"] < 3 * 30_000_000
+    assert plain_web.sent.get("a.tar", 0) < 3 * 30_000_000
 
 
 @pytest.mark.parametrize(
@@ -245,7 +270,8 @@ def test_a_fault_that_lasts_wins_over_one_that_passes(web: WebServer, settings: 
 
 def test_retry_after_is_kept(web: WebServer, settings: Storage) -> None:
     """A server that says when to come back is not asked before."""
-    url = web.put("a.tar", CONTENT, servers.status(429, Retry_After="1"))
+    url = web.put("a.tar", CONTENT, None, servers.status(429, Retry_After="1"))
+    read_ranges([(url, 5, 1)], settings)
     start = time.monotonic()
     assert [CONTENT[5:6]] == read_ranges([(url, 5, 1)], settings, backoff_s=FAST)
     assert 1.0 <= time.monotonic() - start < 2
@@ -266,16 +292,17 @@ def test_s3_is_asked_again_and_not_more_often(
     web.put("bucket/a.tar", CONTENT, servers.status(500), servers.reset(10))
     assert [CONTENT[5:105]] == read_ranges([("s3://bucket/a.tar", 5, 100)], settings, backoff_s=FAST)
     assert 3 == len(web.asked)
-    web.put("bucket/b.tar", CONTENT, *[servers.status(503)] * 9)
-    with pytest.raises(StorageError, match="3 attempts failed"):
-        read_ranges([("s3://bucket/b.tar", 5, 100)], settings, backoff_s=FAST)
-    assert 6 == len(web.asked)
-    web.put("bucket/c.tar", CONTENT, servers.status(403))
+    for name, fault in {"b.tar": servers.status(503), "c.tar": servers.cut(10)}.items():
+        web.put(f"bucket/{name}", CONTENT, *[fault] * 20)
+        with pytest.raises(StorageError, match="3 attempts failed"):
+            read_ranges([(f"s3://bucket/{name}", 5, 100)], settings, backoff_s=FAST)
+    assert 9 == len(web.asked)
+    web.put("bucket/d.tar", CONTENT, servers.status(403))
     with pytest.raises(StorageError, match="access refused"):
-        read_ranges([("s3://bucket/c.tar", 5, 100)], settings, backoff_s=FAST)
+        read_ranges([("s3://bucket/d.tar", 5, 100)], settings, backoff_s=FAST)
     with pytest.raises(Missing):
         read_ranges([("s3://bucket/gone.tar", 5, 100)], settings, backoff_s=FAST)
-    assert 8 == len(web.asked)
+    assert 11 == len(web.asked)
 
 
 def test_a_server_that_is_not_there(settings: Storage) -> None:

@@ -14,6 +14,7 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import soak as tool  # noqa: E402
+import soak_growth  # noqa: E402
 
 Batches = list[dict[str, np.ndarray]]
 
@@ -29,7 +30,7 @@ def test_a_short_soak_finds_nothing(tmp_path: Path) -> None:
 
 def test_killed_workers_lose_nothing(tmp_path: Path) -> None:
     """Reader processes are killed; the stream goes on where it was."""
-    violations, report = tool.soak(tmp_path, 300, seed=5, with_workers=1)
+    violations, report = tool.soak(tmp_path, 60, seed=5, with_workers=1, kills=0.1)
     assert [] == violations
     assert report["events"]["workers killed"] >= 1
     assert any(event.startswith("worker deaths reported") for event in report["events"])
@@ -138,8 +139,7 @@ def test_growth_after_the_warm_up_is_a_violation(expected: int, memory: int, fil
     """Memory and descriptors may grow a little, and at first."""
     samples = [(0, 0, 0)] + [(s, 10**9, 50) for s in range(250, 700, 50)]
     samples += [(s, 10**9 + memory, 50 + files) for s in range(700, 1000, 50)]
-    run = tool.Soak(folder=Path(), seed=0, oracle=None, chance=None, with_workers=0, memory=samples)
-    assert expected == len(tool._growth(run, 1000))
+    assert expected == len(soak_growth.violations(samples, 1000))
 
 
 def test_the_command_reports_and_fails(
@@ -148,6 +148,6 @@ def test_the_command_reports_and_fails(
     """A JSON report and 0; or the violations and 1."""
     assert 0 == tool.main(["--steps", "30", "--with-workers", "0"])
     assert 30 == json.loads(capsys.readouterr().out)["steps"]
-    monkeypatch.setattr(tool, "_growth", lambda run, steps: ["memory grew"])
+    monkeypatch.setattr(soak_growth, "violations", lambda samples, steps: ["memory grew"])
     assert 1 == tool.main(["--steps", "30", "--with-workers", "0"])
     assert "VIOLATION memory grew\n" == capsys.readouterr().err

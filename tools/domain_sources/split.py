@@ -149,6 +149,9 @@ class Sampler:
         key = document.key
         if key in self._keys:
             key = f"{key}-{digest(document.source) % 16**6:06x}"
+        number = 2
+        while key in self._keys:  # one key in a shard is one sample
+            key, number = f"{document.key}-{digest(document.source) % 16**6:06x}-{number}", number + 1
         self._keys.add(key)
         self._exact.add(fingerprint(document.text))
         self._shingles[side] |= shingles(document.text, self.shingle)

@@ -1,6 +1,7 @@
 """The peers' own environment: pinned, made once, never the one that ddkmix is developed in."""
 
 import subprocess
+import tomllib
 import venv
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,12 @@ def commands() -> list[list[str]]:
     constraints = ["--constraint", str(REPO / "constraints.txt")]
     return [
         [*constraints, "torch"],
-        [*constraints, "--requirement", str(_REQUIREMENTS)],
+        [*constraints, *_dependencies(), "--requirement", str(_REQUIREMENTS)],
         [*constraints, "--no-deps", "--requirement", str(_WITHOUT_DEPENDENCIES)],
     ]
+
+
+def _dependencies() -> list[str]:
+    """What ddkmix, imported from the checkout, needs."""
+    project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return list(project["dependencies"])
