@@ -3,7 +3,6 @@
 A mistake of the user's is one line on stderr and exit code 2.
 """
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -196,7 +195,9 @@ def gaps(
     _check_format(style)
     if config is not None and "=" in config.name and not config.exists():
         overrides, config = [str(config), *(overrides or [])], None
-    run = _gaps_config(config, overrides, student, teacher, domains)
+    from ddkmix.options import gaps_config
+
+    run = gaps_config(config, overrides, student, teacher, domains)
     _quiet_libraries()
     from ddkmix.policies.ddk import Ddk
     from ddkmix.report.gaps import ddk_weights, render_gaps
@@ -279,41 +280,6 @@ def _check_format(style: str, *known: str) -> None:
     known = known or ("table", "json", "markdown")
     if style not in known:
         raise ConfigError(f"--format {style}: must be {', '.join(known[:-1])} or {known[-1]}.")
-
-
-def _gaps_config(
-    config: Path | None,
-    overrides: Sequence[str] | None,
-    student: str | None,
-    teacher: str | None,
-    domains: str | None,
-) -> Any:
-    """A config for `gaps`: the given one, or one made of the options, with the options on top."""
-    from ddkmix.config import load_config, parse_overrides
-
-    extra = []
-    if student is not None:
-        extra += [
-            "student.init=load",
-            "student.layers=null",
-            "student.revision=null",
-            f"student.model={json.dumps(student)}",
-        ]
-    if teacher is not None:
-        extra.append(f"teacher.model={json.dumps(teacher)}")
-    if domains is not None:
-        extra.append(f"domains={json.dumps([domains])}")
-    if config is not None:
-        return load_config(config, [*(overrides or []), *extra])
-    missing = [
-        name
-        for name, value in (("--student", student), ("--teacher", teacher), ("--domains", domains))
-        if value is None
-    ]
-    if missing:
-        raise ConfigError(f"gaps needs a CONFIG, or {' and '.join(missing)} as well.")
-    base = {"run_dir": "unused", "trainer": {"steps": 1}, "teacher": {}, "student": {}}
-    return parse_overrides(base, [*extra, *(overrides or [])], where="the options")
 
 
 def _quiet_libraries() -> None:

@@ -183,7 +183,7 @@ def test_a_shard_of_another_folder_is_noticed(packed_folder: Path, tmp_path: Pat
 
 
 def test_published_rows_are_complete_and_nothing_else(packed_folder: Path, tmp_path: Path) -> None:
-    """Tars, indices and rows.json below OUT/DOMAIN; a second time copies only what is cut."""
+    """Tars, indices and rows.json below OUT/DOMAIN; a second time copies only what is damaged."""
     packed = {"code": open_packed(str(packed_folder), cache_dir=tmp_path)}
     (target,) = publish_rows(packed, str(tmp_path / "out"))
     expected = {name: data for name, data in files_of(packed_folder).items() if not name.startswith(".")}
@@ -191,6 +191,8 @@ def test_published_rows_are_complete_and_nothing_else(packed_folder: Path, tmp_p
     assert expected == files_of(target)
     stamp = (target / "train" / "train-000001.tar").stat().st_mtime_ns
     (target / "train" / "train-000000.tar").write_bytes(b"cut")
+    damaged = target / "held_out" / "held_out.tar"
+    damaged.write_bytes(bytes(damaged.stat().st_size))
     publish_rows(packed, str(tmp_path / "out"))
     assert expected == files_of(target)
     assert stamp == (target / "train" / "train-000001.tar").stat().st_mtime_ns

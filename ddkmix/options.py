@@ -1,0 +1,45 @@
+"""A config from the options of a command, for those who have no file."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ddkmix.config import RunConfig, load_config, parse_overrides
+from ddkmix.errors import ConfigError
+
+
+def gaps_config(
+    config: Path | None,
+    overrides: Sequence[str] | None,
+    student: str | None,
+    teacher: str | None,
+    domains: str | None,
+) -> RunConfig:
+    """A config for `gaps`: the given one, or one made of the options, with the options on top.
+
+    Raises:
+        ConfigError: neither is enough, or a value is wrong.
+    """
+    extra = []
+    if student is not None:
+        extra += [
+            "student.init=load",
+            "student.layers=null",
+            "student.revision=null",
+            f"student.model={json.dumps(student)}",
+        ]
+    if teacher is not None:
+        extra.append(f"teacher.model={json.dumps(teacher)}")
+    if domains is not None:
+        extra.append(f"domains={json.dumps([domains])}")
+    if config is not None:
+        return load_config(config, [*(overrides or []), *extra])
+    missing = [
+        name
+        for name, value in (("--student", student), ("--teacher", teacher), ("--domains", domains))
+        if value is None
+    ]
+    if missing:
+        raise ConfigError(f"gaps needs a CONFIG, or {' and '.join(missing)} as well.")
+    base = {"run_dir": "unused", "trainer": {"steps": 1}, "teacher": {}, "student": {}}
+    return parse_overrides(base, [*extra, *(overrides or [])], where="the options")
