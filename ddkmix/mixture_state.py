@@ -16,7 +16,7 @@ from ddkmix.planner import PlannerState
 
 STATE_FORMAT = 2
 _ORDER = ("seed", "block_rows")
-"""Settings that say which row is a domain's j-th: others in the middle of an epoch would repeat and lose rows."""
+"""Settings that say which row is a domain's j-th; others would repeat rows of the epoch and lose some."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +76,8 @@ def from_json(
         was, now = state["settings"].get(name), identity.settings.get(name)
         if was != now:
             raise DataError(
-                f"the saved mixture state has {name} = {was!r} and this mixture {now!r}; it orders the rows, so "
-                "a change would repeat some and lose others. Restore it, or start a new run."
+                f"the saved mixture state has {name} = {was!r} and this mixture {now!r}; it orders the rows, "
+                "so a change would repeat some and lose others. Restore it, or start a new run."
             )
     if not allow_changes:
         raise DataError(

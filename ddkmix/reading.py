@@ -109,7 +109,7 @@ class ReadAhead:
             self.close()
         elif item.error is not None:
             self.close()  # what was read ahead of it is dropped: whoever goes on starts at this step
-            raise DataError(item.error)
+            raise item.error
         return item
 
     def _next(self) -> RowBatch | None:

@@ -65,7 +65,8 @@ class RowBatch:
     tokens: UInt[np.ndarray, "b T"] | None = None
     """Of the stored type; None while they are in the ring."""
     substitutions: tuple[Substitution, ...] = ()
-    error: str | None = None
+    error: DataError | None = None
+    """As a value: raised in a worker, its traceback would bury the message."""
 
 
 class Ring:
@@ -122,8 +123,8 @@ class TaskReader:
             tokens = self._ring.slot(task.slot)
         try:
             num_tokens, substitutions = self._read(task, tokens)
-        except DataError as error:  # as a value, or the worker's traceback would bury the message
-            return RowBatch(task.version, task.slot, task.row_numbers, error=str(error))
+        except DataError as error:
+            return RowBatch(task.version, task.slot, task.row_numbers, error=error)
         sent = tokens if self._ring is None else None
         return RowBatch(task.version, task.slot, num_tokens, sent, substitutions)
 

@@ -33,7 +33,6 @@ LAYERS = {
     "config": 2,
     # documents -> rows
     "storage": 3,
-    "options": 3,
     "card": 3,
     "documents": 3,
     "hub": 3,

@@ -1,7 +1,6 @@
 """Damaged rows in a run: replaced, written down, limited, and shown by `ddkmix seen`."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ def test_damaged_rows_are_replaced_written_down_and_seen(
     whole = tmp_path / "whole"
     tree = damaged(0, run_dir=str(whole))
     train(parse_config(tree, where="test"))
-    served = [[r["served"] for r in read_lines(d / "intervals.jsonl")][0] for d in (run, whole)]
+    served = [[r["served"] for r in read_lines(d / "intervals.jsonl")] for d in (run, whole)]
     assert served[0] == served[1]
     capsys.readouterr()
     step = str(records[0]["step"])
@@ -89,7 +88,7 @@ def test_a_resumed_run_writes_the_same_substitutions(
     whole = damaged(6)
     train(parse_config(whole, where="test"))
     expected = (tmp_path / "run" / "substitutions.jsonl").read_text()
-    os.rename(tmp_path / "run", tmp_path / "first")
+    (tmp_path / "run").rename(tmp_path / "first")
     limited = {**whole, "loader": {"max_substitutes": len(expected.splitlines()) - 1}}
     with pytest.raises(RowError):
         train(parse_config(limited, where="test"))

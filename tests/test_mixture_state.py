@@ -111,8 +111,8 @@ def test_another_order_is_always_refused(allow_changes: bool) -> None:
             allow_changes=allow_changes,
         )
     assert (
-        "the saved mixture state has seed = 0 and this mixture 1; it orders the rows, so a change would repeat "
-        "some and lose others. Restore it, or start a new run."
+        "the saved mixture state has seed = 0 and this mixture 1; it orders the rows, so a change would "
+        "repeat some and lose others. Restore it, or start a new run."
     ) == str(info.value)
 
 
