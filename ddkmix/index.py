@@ -18,6 +18,7 @@ from jaxtyping import Int, UInt
 
 from ddkmix.errors import DataError
 from ddkmix.fingerprint import replacing
+from ddkmix.storage.location import file_name
 
 _DAMAGE = (
     OSError,
@@ -65,7 +66,7 @@ class ShardIndex:
     @property
     def name(self) -> str:
         """The file name of the shard, which is a part of its rows' names."""
-        return self.location.rsplit("/", 1)[-1]
+        return file_name(self.location)
 
 
 def row_checksums(rows: UInt[np.ndarray, "R T"], num_tokens: Int[np.ndarray, " R"]) -> UInt[np.ndarray, " R"]:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from ddkmix.apportion import ROW
 from ddkmix.config import Storage
 from ddkmix.domains import load_domains
-from ddkmix.errors import ConfigError, MixtureExhausted, RowError
+from ddkmix.errors import ConfigError, RowError
 from ddkmix.fingerprint import hash_json
 from ddkmix.index import DomainRows
 from ddkmix.mixture_state import from_json, to_json
@@ -30,13 +30,13 @@ from ddkmix.planner import (
     PlanSettings,
     StepPlan,
     deal,
-    effective_weights,
     initial_state,
     quantise,
     with_weights,
 )
 from ddkmix.prefetching import ShardPrefetch
-from ddkmix.reading import ReadAhead, tensors_of
+from ddkmix.reading import ReadAhead, position_ids, tensors_of
+from ddkmix.row_layout import Strategy
 from ddkmix.row_tasks import RowBatch, Substitution, Task
 from ddkmix.rows import byte_reader
 from ddkmix.stream import Count, check_ranks, describe_stream
@@ -69,6 +69,8 @@ class DomainMixture:
         block_rows: see `order`.
         max_substitutes: damaged rows that other rows of their domain may stand in for.
         storage: how remote shards are read; the defaults of a config when None.
+        document_boundaries: batches hold `position_ids` (b, T) that restart at every document, from which
+            models of transformers keep documents apart (`segments`).
 
     Raises:
         ConfigError: batch_rows does not divide by world_size, or another argument is wrong.
@@ -92,6 +94,7 @@ class DomainMixture:
         block_rows: int = 8192,
         max_substitutes: int = 100,
         storage: Storage | None = None,
+        document_boundaries: bool = False,
     ) -> None:
         check_ranks(batch_rows, rank, world_size)
         self._rank, self._world_size = rank, world_size
@@ -124,7 +127,7 @@ class DomainMixture:
         """The plan of the last batch, of all ranks."""
         self.substitutions: list[Substitution] = []
         """Damaged rows of this rank for which others stood in, in the order of the stream."""
-        self._max_substitutes = max_substitutes
+        self._max_substitutes, self._document_boundaries = max_substitutes, document_boundaries
 
     @classmethod
     def from_cards(
@@ -136,6 +139,7 @@ class DomainMixture:
         batch_rows: int,
         cache_dir: Path | str = ".cache/ddkmix",
         separator: str | None = None,
+        strategy: Strategy = "concatenate",
         processes: int = 1,
         **options: Any,
     ) -> "DomainMixture":
@@ -144,19 +148,19 @@ class DomainMixture:
         Args:
             cards: card files, globs or folders.
             tokenizer: local folder or Hub id.
-            seq_len: tokens in a row.
+            seq_len, separator, strategy, processes: as in the section `pack` of a config.
             batch_rows: rows in the global batch.
             cache_dir: where packed rows are kept.
-            separator: token between documents; the tokenizer's end-of-sequence token when None.
-            processes: packing processes.
             options: other arguments of the constructor.
         """
         packed = pack_domains(
-            load_domains([cards] if isinstance(cards, str) else cards),
+            load_domains([cards] if isinstance(cards, str) else cards, options.get("storage")),
             read_tokenizer(tokenizer, separator=separator),
             seq_len=seq_len,
             cache_dir=Path(cache_dir),
+            strategy=strategy,
             processes=processes,
+            storage=options.get("storage") or Storage(),
         )
         rows = {name: domain.train for name, domain in packed.items()}
         return cls(rows, batch_rows=batch_rows, **options)
@@ -179,11 +183,7 @@ class DomainMixture:
     @property
     def weights(self) -> dict[str, float]:
         """The mixture weights in force at the next step, by domain (without domains at their cap)."""
-        try:
-            weights = effective_weights(self.settings, self.state)
-        except MixtureExhausted:
-            weights = (0,) * len(self.domains)
-        return {name: weight / ROW for name, weight in zip(self.domains, weights, strict=True)}
+        return {name: weight / ROW for name, weight in zip(self.domains, self._plans.weights, strict=True)}
 
     @property
     def served(self) -> dict[str, int]:
@@ -276,17 +276,18 @@ class DomainMixture:
             assert batch is not None  # the step that was just planned
         self._accept(batch.substitutions)
         self.last_plan = self._plans.consume()
-        return tensors_of(batch, self.last_plan.domain_ids[self._slots(self.last_plan)])
+        tensors = tensors_of(batch, self.last_plan.domain_ids[self._slots(self.last_plan)])
+        if self._document_boundaries:
+            tensors["position_ids"] = position_ids(batch, self.stream.rows[0].padding_id)
+        return tensors
 
     def _accept(self, substitutions: Sequence[Substitution]) -> None:
         """Let other rows stand in for damaged ones, up to the limit."""
         count = len(self.substitutions) + len(substitutions)
         if substitutions and count > self._max_substitutes:
             self.close()
-            raise RowError(
-                f"{substitutions[-1].reason} It is damaged row {count}; max_substitutes allows "
-                f"{self._max_substitutes}."
-            )
+            last, most = substitutions[-1], self._max_substitutes
+            raise RowError(f"{last.reason} It is damaged row {count}; max_substitutes allows {most}.")
         for record in substitutions:
             _LOG.warning(
                 "%s Row %s#%d stands in.", record.reason, record.substitute_shard, record.substitute_row

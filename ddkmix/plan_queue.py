@@ -9,7 +9,14 @@ saved, and going back to it is all that a change of weights needs.
 from collections import OrderedDict, deque
 
 from ddkmix.errors import ConfigError, DataError, MixtureExhausted
-from ddkmix.planner import PlannerState, PlanSettings, StepPlan, TokensOf, plan_step
+from ddkmix.planner import (
+    PlannerState,
+    PlanSettings,
+    StepPlan,
+    TokensOf,
+    effective_weights,
+    plan_step,
+)
 
 _KEPT_STATES = 64
 """Loops that read ahead ask for the state of a recent step; more is never read ahead."""
@@ -54,6 +61,14 @@ class PlanQueue:
     def forget(self) -> None:
         """The states of earlier steps belong to another stream."""
         self._recent.clear()
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """In force at the loop's next step, in units of 2^-32; all 0 when nothing may be served any more."""
+        try:
+            return effective_weights(self.settings, self.consumed)
+        except MixtureExhausted:
+            return (0,) * len(self.settings.domains)
 
     def state_at(self, step: int | None) -> PlannerState:
         """The state after `step` steps; after the last one when None.

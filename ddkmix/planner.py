@@ -168,26 +168,6 @@ def deal(plan: StepPlan, rank: int, world_size: int) -> Int[np.ndarray, " b"]:
     return np.arange((rank - plan.step) % world_size, len(plan.domain_ids), world_size)
 
 
-def project_epochs(
-    settings: PlanSettings, state: PlannerState, steps: int
-) -> dict[str, tuple[float, int | None]]:
-    """Per domain: epochs served after `steps` steps under the present weights, and the step of its cap.
-
-    Ignores what renormalising at a cap would add to the others.
-    """
-    remaining = max(steps - state.step, 0) * settings.batch_rows
-    projection: dict[str, tuple[float, int | None]] = {}
-    for i, domain in enumerate(settings.domains):
-        rate = state.weights[i] / ROW
-        rows, cap = state.served[i] + remaining * rate, settings.cap_rows[i]
-        at = None
-        if cap is not None and rows > cap and rate > 0:
-            at = state.step + max(int((cap - state.served[i]) / (rate * settings.batch_rows)), 0)
-            rows = max(cap, state.served[i])
-        projection[domain] = (rows / settings.num_rows[i], at)
-    return projection
-
-
 def _serve_rows(
     settings: PlanSettings, state: PlannerState, weights: tuple[int, ...]
 ) -> tuple[list[int], list[int]]:

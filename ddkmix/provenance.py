@@ -217,7 +217,7 @@ def block_at(blocks: Sequence[DataBlock], step: int, run_dir: Path) -> DataBlock
 
 
 def _folder(location: str) -> str:
-    folder = location.rpartition("/")[0] or "."
+    folder = location.partition("?")[0].rpartition("/")[0] or "."  # a signed query is nobody's business
     return folder if "://" in folder else str(Path(folder).absolute())
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Int
 
 from ddkmix.errors import ConfigError, DataError
 from ddkmix.row_tasks import Ring, RowBatch, Task, TaskReader
+from ddkmix.segments import document_positions
 from ddkmix.storage.reader import ByteReader
 from ddkmix.stream import Stream
 
@@ -33,6 +34,14 @@ def tensors_of(batch: RowBatch, domain_ids: Int[np.ndarray, " b"]) -> dict[str, 
     if batch.num_tokens.min(initial=seq_len) < seq_len:
         labels.masked_fill_(arange(seq_len) >= from_numpy(batch.num_tokens)[:, None], IGNORE)
     return {"input_ids": input_ids, "labels": labels, "domain_ids": from_numpy(domain_ids)}
+
+
+def position_ids(batch: RowBatch, separator_id: int) -> Any:
+    """Positions (b, T) int64 that restart at every document; see `segments`."""
+    from torch import from_numpy
+
+    assert batch.tokens is not None
+    return from_numpy(document_positions(batch.tokens, separator_id))
 
 
 class ReadAhead:

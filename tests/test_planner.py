@@ -24,7 +24,6 @@ from ddkmix.planner import (
     effective_weights,
     initial_state,
     plan_step,
-    project_epochs,
     quantise,
     with_weights,
 )
@@ -542,7 +541,6 @@ def test_a_cap_below_what_was_served_is_a_cap_that_is_reached() -> None:
     plan, state = plan_step(options, state)
     assert [1, 1] == plan.domain_ids.tolist()
     assert ((5, 7), (0, 0)) == (state.served, state.credit)
-    assert (0.5, 6) == project_epochs(options, state, 20)["a"]
 
 
 @pytest.mark.parametrize("on_cap", ["stop", "error"])
@@ -810,31 +808,3 @@ def test_two_equal_domains_on_two_ranks_take_turns() -> None:
         int(plan_of(1, 1, step=step).domain_ids[deal(plan_of(1, 1, step=step), 0, 2)[0]]) for step in range(4)
     ]
     assert [0, 1, 0, 1] == turns
-
-
-# --- looking ahead ----------------------------------------------------------------------------------
-
-
-def test_projected_epochs_by_hand() -> None:
-    """10 steps of 4 rows at (3/4, 1/4): a would serve 30 rows but stops at 20 at step 6; b serves 10."""
-    options = settings_of(2, batch_rows=4, caps=(20, None))
-    state = initial_state(options, simplex(3, 1))
-    assert {"a": (2.0, 6), "b": (1.0, None)} == project_epochs(options, state, 10)
-
-
-def test_the_projected_step_is_the_one_that_stops() -> None:
-    """Under `stop` the plan ends at the step that was projected."""
-    options = settings_of(2, batch_rows=4, caps=(20, None), on_cap="stop")
-    state = initial_state(options, simplex(3, 1))
-    _, expected = project_epochs(options, state, 10)["a"]
-    assert expected == plan_until_exhausted(options, state).step
-
-
-def test_projections_start_from_the_present() -> None:
-    """After 5 of 10 steps the projection is the same; after the last step it is what was served."""
-    options = settings_of(2, batch_rows=4)
-    state = initial_state(options, simplex(3, 1))
-    for _ in range(5):
-        _, state = plan_step(options, state)
-    assert {"a": (3.0, None), "b": (1.0, None)} == project_epochs(options, state, 10)
-    assert {"a": (1.5, None), "b": (0.5, None)} == project_epochs(options, state, 5)
