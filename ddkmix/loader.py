@@ -289,9 +289,7 @@ class DomainMixture:
             last, most = substitutions[-1], self._max_substitutes
             raise RowError(f"{last.reason} It is damaged row {count}; max_substitutes allows {most}.")
         for record in substitutions:
-            _LOG.warning(
-                "%s Row %s#%d stands in.", record.reason, record.substitute_shard, record.substitute_row
-            )
+            _LOG.warning("%s %s stands in for it.", record.reason, record.substitute)
         self.substitutions += substitutions
 
     def _receive(self) -> RowBatch | None:

@@ -54,6 +54,16 @@ class Substitution:
     """The row that stands in for it."""
     reason: str
 
+    @property
+    def name(self) -> str:
+        """The damaged row's name."""
+        return f"{self.domain}/{self.shard}#{self.row}"
+
+    @property
+    def substitute(self) -> str:
+        """The other row's name."""
+        return f"{self.domain}/{self.substitute_shard}#{self.substitute_row}"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowBatch:

@@ -77,25 +77,8 @@ def describe_stream(
         ConfigError: an argument is wrong.
         DataError: the domains have no rows or rows of different length.
     """
-    if batch_rows < 1 or block_rows < 1 or count not in get_args(Count):
-        raise ConfigError(
-            f"batch_rows = {batch_rows}, block_rows = {block_rows}, count = {count!r}; the first two must be "
-            "at least 1, the last 'rows' or 'tokens'."
-        )
-    if on_cap not in get_args(OnCap) or (max_epochs is not None and not 0 < max_epochs < inf):
-        raise ConfigError(
-            f"on_cap = {on_cap!r}, max_epochs = {max_epochs}; the first must be one of "
-            f"{', '.join(map(repr, get_args(OnCap)))}, the other > 0 or None."
-        )
-    names = [domain.domain for domain in rows]
-    if len(set(names)) < len(names):
-        raise DataError(f"domains {sorted(names)} are not distinct; a row belongs to one domain.")
-    empty = [domain.domain for domain in rows if not domain.num_rows]
-    if empty:
-        raise DataError(f"domains {empty} have no rows; add documents or leave them out.")
-    lengths = {domain.domain: domain.seq_len for domain in rows}
-    if len(set(lengths.values())) != 1:
-        raise DataError(f"domains must have rows of one length; seq_len by domain: {lengths}.")
+    _check_settings(batch_rows, block_rows, count, max_epochs, on_cap)
+    _check_rows(rows)
     rows = tuple(sorted(rows, key=lambda domain: domain.domain))
     caps = tuple(_cap(domain, max_epochs) for domain in rows)
     return Stream(
@@ -131,6 +114,33 @@ def describe_stream(
         ),
         count=count,
     )
+
+
+def _check_settings(
+    batch_rows: int, block_rows: int, count: str, max_epochs: float | None, on_cap: str
+) -> None:
+    if batch_rows < 1 or block_rows < 1 or count not in get_args(Count):
+        raise ConfigError(
+            f"batch_rows = {batch_rows}, block_rows = {block_rows}, count = {count!r}; the first two must be "
+            "at least 1, the last 'rows' or 'tokens'."
+        )
+    if on_cap not in get_args(OnCap) or (max_epochs is not None and not 0 < max_epochs < inf):
+        raise ConfigError(
+            f"on_cap = {on_cap!r}, max_epochs = {max_epochs}; the first must be one of "
+            f"{', '.join(map(repr, get_args(OnCap)))}, the other > 0 or None."
+        )
+
+
+def _check_rows(rows: Sequence[DomainRows]) -> None:
+    names = [domain.domain for domain in rows]
+    if len(set(names)) < len(names):
+        raise DataError(f"domains {sorted(names)} are not distinct; a row belongs to one domain.")
+    empty = [domain.domain for domain in rows if not domain.num_rows]
+    if empty:
+        raise DataError(f"domains {empty} have no rows; add documents or leave them out.")
+    lengths = {domain.domain: domain.seq_len for domain in rows}
+    if len(set(lengths.values())) != 1:
+        raise DataError(f"domains must have rows of one length; seq_len by domain: {lengths}.")
 
 
 def _cap(rows: DomainRows, max_epochs: float | None) -> int | None:

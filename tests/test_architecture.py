@@ -80,6 +80,7 @@ LAYERS = {
     "trainer": 17,
     "setup": 18,
     "report": 18,
+    "options": 18,
     "cli": 19,
     "__init__": 19,
     "__main__": 20,

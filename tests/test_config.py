@@ -114,7 +114,11 @@ def test_every_field_says_what_it_is():
     }
     plain = {"beta1", "beta2", "eps", "project"}
     names = {"teacher", "student", "trainer", "pack", "mixture", "policy", "optimizer", "schedule", "loader"}
-    assert {name.split(".")[-1] for name in undocumented} <= plain | names | {"evaluation", "tracking"}
+    assert {name.split(".")[-1] for name in undocumented} <= plain | names | {
+        "evaluation",
+        "storage",
+        "tracking",
+    }
 
 
 # --- rules ------------------------------------------------------------------------------------------
@@ -293,6 +297,16 @@ OTHER_VALUES = {
     "schedule.final_ratio": 0.0,
     "loader.workers": 2,
     "loader.prefetch_steps": 4,
+    "loader.max_substitutes": 0,
+    "storage.mode": "spool",
+    "storage.folder": Path("elsewhere"),
+    "storage.max_gb": 0.5,
+    "storage.attempts": 1,
+    "storage.timeout_s": 5.0,
+    "storage.allow_pipe": True,
+    "pack.strategy": "best_fit",
+    "mixture.count": "tokens",
+    "trainer.document_boundaries": True,
     "evaluation.rows": 20,
     "evaluation.batch_rows": 2,
     "trainer.steps": 20,

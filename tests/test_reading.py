@@ -18,7 +18,8 @@ from ddkmix.index import DomainRows
 from ddkmix.loader import DomainMixture
 from ddkmix.order import DomainOrder, locate
 from ddkmix.planner import deal
-from ddkmix.reading import RowBatch, Substitution, _Rows, tensors_of
+from ddkmix.reading import tensors_of
+from ddkmix.row_tasks import RowBatch, Substitution, TaskReader
 from tests.hand_made import damage, numbered_rows, write_rows
 
 pytestmark = [
@@ -131,13 +132,13 @@ def test_the_check_notices_substitutes_with_a_memory(
 ) -> None:
     """A saboteur that serves "the next good row" gives other batches to other world sizes."""
     damage_code(rows)
-    substitute, calls = _Rows._substitute, []
+    substitute, calls = TaskReader._substitute, []
 
-    def with_memory(self: _Rows, domain: int, j: int, *rest: Any) -> Any:
+    def with_memory(self: TaskReader, domain: int, j: int, *rest: Any) -> Any:
         calls.append(j)
         return substitute(self, domain, len(calls), *rest)
 
-    monkeypatch.setattr(_Rows, "_substitute", with_memory)
+    monkeypatch.setattr(TaskReader, "_substitute", with_memory)
     expected = read([mixture_of()], STEPS)
     assert expected != read([mixture_of(rank=rank, world_size=2) for rank in range(2)], STEPS)
 
@@ -169,10 +170,10 @@ def test_substitutes_never_change(rows: dict[str, DomainRows], mixture_of: Mixtu
     damage_code(rows)
     mixture = mixture_of(weights=ONLY_CODE)
     read([mixture], 2)
-    assert EXPECTED == [(s.j, s.row, s.substitute) for s in mixture.substitutions]
+    assert EXPECTED == [(s.j, s.name, s.substitute) for s in mixture.substitutions]
     other = mixture_of(weights=ONLY_CODE, seed=1)
     read([other], 2)
-    assert {s.row for s in other.substitutions} == {s.row for s in mixture.substitutions}
+    assert {s.name for s in other.substitutions} == {s.name for s in mixture.substitutions}
     assert {(s.j, s.substitute) for s in other.substitutions} != {(j, s) for j, _, s in EXPECTED}
 
 
@@ -186,8 +187,8 @@ def test_the_record_names_both_rows(rows: dict[str, DomainRows], mixture_of: Mix
     assert expected == [s.j for s in mixture.substitutions]
     for record in mixture.substitutions:
         assert "code" == record.domain
-        assert rows["code"].name_of(*locate(order, record.j)) == record.row
-        assert record.reason.startswith(f"{record.row}: 8 bytes have changed at offset ")
+        assert rows["code"].name_of(*locate(order, record.j)) == record.name
+        assert record.reason.startswith(f"{record.name}: 8 bytes have changed at offset ")
 
 
 def test_substitutes_that_are_damaged_too_are_passed_over(
