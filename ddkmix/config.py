@@ -146,8 +146,8 @@ class Storage(Section):
     """How remote shards are read. No setting here changes which rows are served."""
 
     mode: Literal["auto", "ranged", "spool"] = "auto"
-    """`ranged`: read the bytes of single rows. `spool`: copy whole shards to `folder` first. `auto`: ranged
-    where the store can, else spool."""
+    """`ranged`: read the bytes of single rows. `spool`: copy whole shards to `folder` first. `auto`: copy
+    them ahead of time, and read rows by ranges, where the store can, until the copy is there."""
     folder: Path | None = None
     """Spooled shards, shared by all processes of a machine; `<cache_dir>/shards` when unset."""
     max_gb: Positive = 100.0

@@ -22,7 +22,7 @@ _LOOKS_PER_BLOCK = 16
 
 
 class ShardPrefetch:
-    """Follows a stream with downloads; does nothing for shards that are not spooled."""
+    """Follows a stream with downloads; does nothing for local shards and in `ranged` mode."""
 
     def __init__(self, stream: Stream, reader: ByteReader) -> None:
         self._stream, self._reader = stream, reader
@@ -37,7 +37,7 @@ class ShardPrefetch:
             StorageError: a shard that is needed soon cannot be had.
         """
         if self._domains is None:
-            self._domains = [i for i, rows in enumerate(self._stream.rows) if self._is_spooled(rows)]
+            self._domains = [i for i, rows in enumerate(self._stream.rows) if self._is_copied(rows)]
         if not self._domains:
             return
         self._prefetcher = self._prefetcher or Prefetcher(self._reader.cache)
@@ -49,9 +49,9 @@ class ShardPrefetch:
             self._shards = self._upcoming(served, wanted)
         self._prefetcher.want(self._shards)
 
-    def _is_spooled(self, rows: DomainRows) -> bool:
+    def _is_copied(self, rows: DomainRows) -> bool:
         location = rows.shards[0].location
-        return is_remote(location) and self._reader.spools(location)
+        return is_remote(location) and self._reader.copies(location)
 
     def _upcoming(self, served: Sequence[int], domains: Sequence[int]) -> list[StoredShard]:
         lists = []

@@ -948,3 +948,45 @@ def test_cards_become_a_mixture(folder: Path, names: Names, tokenizer_folder: Pa
     assert 12 == len(found)
     packed = sorted(path.name.split("-")[0] for path in (tmp_path / "cache" / "rows").iterdir())
     assert ["code", "math", "prose"] == packed
+
+
+# --- documents kept apart ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_positions_restart_at_every_document(
+    rows: Rows, mixture_of: Callable[..., DomainMixture], num_workers: int
+) -> None:
+    """On request: a separator, here token 0, begins a segment at position 0; every other token counts on."""
+    plain = next(mixture_of(num_workers=num_workers))
+    batch = next(mixture_of(num_workers=num_workers, document_boundaries=True))
+    assert "position_ids" not in plain
+    assert plain["input_ids"].tolist() == batch["input_ids"].tolist()
+    assert torch.int64 == batch["position_ids"].dtype
+    assert {0} == {domain.padding_id for domain in rows.values()}
+    restarts = 0
+    for tokens, positions in zip(batch["input_ids"].tolist(), batch["position_ids"].tolist(), strict=True):
+        expected = -1
+        for i, (token, position) in enumerate(zip(tokens, positions, strict=True)):
+            expected = 0 if token == 0 or i == 0 else expected + 1
+            assert expected == position
+            restarts += token == 0
+    assert restarts > 0
+
+
+def test_cards_take_the_strategy_of_packing(folder: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Best fit pads where concatenation fills, so the domains have more rows."""
+    counts = {}
+    for strategy in ("concatenate", "best_fit"):
+        mixture = DomainMixture.from_cards(
+            str(folder),
+            tokenizer=str(tokenizer_folder),
+            seq_len=128,
+            batch_rows=2,
+            cache_dir=tmp_path / "cache",
+            strategy=strategy,
+        )
+        counts[strategy] = sum(mixture.settings.num_rows)
+        next(mixture)
+        mixture.close()
+    assert counts["concatenate"] < counts["best_fit"]

@@ -1,6 +1,7 @@
 """Packed rows on a store: the same stream as from local files, whatever the store does on the way."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def mixture_of(tmp_path: Path) -> Iterator[Make]:
             name: open_packed(f"{location}/{name}", cache_dir=cache, storage=storage).train
             for name in ("code", "math", "prose")
         }
-        made.append(DomainMixture(rows, batch_rows=6, storage=storage, block_rows=16, **options))
+        made.append(DomainMixture(rows, storage=storage, **{"batch_rows": 6, "block_rows": 16, **options}))
         return made[-1]
 
     yield make
@@ -99,6 +100,25 @@ def test_a_server_without_ranges_is_spooled(published: Path, mixture_of: Make, p
     assert batches(mixture_of(str(published))) == batches(mixture_of(plain_web.url("").rstrip("/")))
 
 
+def test_auto_reads_ranges_until_the_copies_are_there(
+    published: Path, mixture_of: Make, web: WebServer
+) -> None:
+    """The first rows come at once; when the shards have arrived, nothing is asked any more."""
+    upload(published, web.put)
+    expected = batches(mixture_of(str(published), block_rows=1000))
+    mixture = mixture_of(web.url("").rstrip("/"), block_rows=1000)
+    start = mixture.state_dict()
+    found = batches(mixture)
+    shards = [str(path.relative_to(published)) for path in published.rglob("train/*.tar")]
+    end = time.monotonic() + 20
+    while time.monotonic() < end and not all(None in web.ranges_asked(shard) for shard in shards):
+        time.sleep(0.01)
+        mixture.load_state_dict(start)
+        next(mixture)
+    assert [1] * len(shards) == [web.ranges_asked(shard).count(None) for shard in shards]
+    assert expected == found
+
+
 def test_rows_in_a_bucket_are_the_local_ones(published: Path, mixture_of: Make, s3: str) -> None:
     """S3, with credentials from the environment."""
     upload(published, lambda name, data: put_s3(f"{s3}/{name}", data))
@@ -112,6 +132,25 @@ def test_failures_on_the_way_change_nothing(published: Path, mixture_of: Make, w
         web.put(str(path.relative_to(published)), path.read_bytes(), status(503), reset(10))
     mixture = mixture_of(web.url("").rstrip("/"), attempts=6)
     assert batches(mixture_of(str(published))) == batches(mixture)
+    assert [] == mixture.substitutions
+
+
+def test_a_copy_that_rots_is_fetched_again(
+    published: Path, mixture_of: Make, web: WebServer, tmp_path: Path
+) -> None:
+    """Bytes of the spooled shards change on this machine's disk: the store still has the rows."""
+    upload(published, web.put)
+    expected = batches(mixture_of(str(published)))
+    mixture = mixture_of(web.url("").rstrip("/"), mode="spool")
+    first = next(mixture)["input_ids"].tolist()
+    copies = list((tmp_path / "spool-1").glob("*.shard"))
+    assert copies
+    for copy in copies:
+        data = copy.read_bytes()
+        copy.write_bytes(bytes(byte ^ 1 for byte in data))
+    mixture.load_state_dict(mixture_of(str(published)).state_dict())
+    assert first == expected[0][0]
+    assert expected == batches(mixture)
     assert [] == mixture.substitutions
 
 

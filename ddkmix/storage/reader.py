@@ -1,5 +1,8 @@
 """Bytes of remote shards for whoever reads rows: ranged reads, or a whole copy on this machine.
 
+In `auto` mode both: rows are there from the first moment by ranges, and from the copy of their shard as soon
+as somebody who knows the order of the rows has fetched it (`prefetching`).
+
 A failed read is a `StorageError` and says nothing about the data, so no row is ever taken for damaged because
 a network was. Readers hold nothing between calls: no file stays open, no pin stays held by an idle worker.
 """
@@ -41,7 +44,7 @@ class ByteReader:
         ranged: list[int] = []
         spooled: dict[StoredShard, list[int]] = {}
         for i, (shard, _, _) in enumerate(requests):
-            if self.spools(shard.location):
+            if self.spools(shard.location) or (self.copies(shard.location) and self.cache.holds(shard)):
                 spooled.setdefault(shard, []).append(i)
             else:
                 ranged.append(i)
@@ -50,10 +53,8 @@ class ByteReader:
             ranged, read_ranges(parts, self._settings, backoff_s=self._backoff_s), strict=True
         ):
             answers[i] = data
-        for (
-            shard,
-            indices,
-        ) in spooled.items():  # one pin at a time: who holds none while waiting blocks nobody
+        for shard, indices in spooled.items():
+            # one pin at a time: who holds none while waiting blocks nobody
             with self.cache.pin(shard) as pin:
                 for i in indices:
                     answers[i] = pin.read(*requests[i][1:])
@@ -70,6 +71,10 @@ class ByteReader:
             self._spools[store] = self._decide(location)
         return self._spools[store]
 
+    def copies(self, location: str) -> bool:
+        """Whether shards are worth fetching ahead: always but in `ranged` mode."""
+        return self._settings.mode != "ranged"
+
     def _decide(self, location: str) -> bool:
         mode = self._settings.mode
         if mode == "spool":
@@ -84,7 +89,7 @@ class ByteReader:
                 f"storage.mode = 'ranged', but the store of {shown(location)} has no ranged reads; set "
                 "storage.mode=spool or auto."
             )
-        logger.info("%s: %s", store_of(location), "rows are read by ranges" if can else "shards are spooled")
+        logger.info("%s: %s", store_of(location), "has ranged reads" if can else "shards are spooled")
         return not can
 
     def close(self) -> None:

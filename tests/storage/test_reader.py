@@ -93,7 +93,7 @@ def test_a_store_is_asked_once_what_it_can(
         for _ in range(2):
             ours.read([(shard, 100, 50) for shard in shards])
     assert 1 == [asked.range for asked in web.asked].count("bytes=0-0")
-    assert [f"{web.url('').rstrip('/')}: rows are read by ranges"] == caplog.messages
+    assert [f"{web.url('').rstrip('/')}: has ranged reads"] == caplog.messages
 
 
 def test_the_hub_is_spooled(tmp_path: Path) -> None:
