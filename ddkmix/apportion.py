@@ -117,6 +117,14 @@ def _joint_bounds(num_domains: int) -> tuple[int, ...]:
     return tuple(reversed(bounds))
 
 
+def split(total: int, parts: Sequence[int]) -> list[int]:
+    """An integer, also a negative one, in proportion to `parts`; the largest takes what rounding leaves."""
+    whole = sum(parts)
+    shares = [total * part // whole for part in parts]
+    shares[parts.index(max(parts))] += total - sum(shares)
+    return shares
+
+
 def share_out(total: int, weights: Sequence[Fraction | int]) -> tuple[int, ...]:
     """`total` split in proportion to `weights` by largest remainder; a positive weight gets at least 1.
 

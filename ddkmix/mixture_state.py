@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from ddkmix.apportion import ROW, share_out
+from ddkmix.apportion import ROW, share_out, split
 from ddkmix.errors import DataError
 from ddkmix.planner import PlannerState
 
@@ -131,7 +131,7 @@ def _follow(
     credit = [planner.credit[place[name]] if name in place and same_unit else 0 for name in identity.data]
     heirs = [i for i, name in enumerate(identity.data) if name in place] or list(range(len(credit)))
     owed, parts = -sum(credit), [weights[i] for i in heirs]
-    shares = _split(owed, parts if any(parts) else [1] * len(parts))
+    shares = split(owed, parts if any(parts) else [1] * len(parts))
     for i, share in zip(heirs, shares, strict=True):
         credit[i] += share
     served = [
@@ -141,10 +141,3 @@ def _follow(
     return replace(
         planner, version=planner.version + 1, weights=weights, credit=tuple(credit), served=tuple(served)
     )
-
-
-def _split(total: int, parts: list[int]) -> list[int]:
-    """An integer, also a negative one, in proportion to `parts`."""
-    shares = [total * part // sum(parts) for part in parts]
-    shares[parts.index(max(parts))] += total - sum(shares)
-    return shares

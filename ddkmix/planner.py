@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from ddkmix.apportion import ROW, apportion, share_out
+from ddkmix.apportion import ROW, apportion, share_out, split
 from ddkmix.errors import ConfigError, DataError, MixtureExhausted
 from ddkmix.fingerprint import hash_json
 
@@ -271,13 +271,10 @@ def _hand_over(credit: list[int], capped: int, weights: tuple[int, ...]) -> None
     """Spread the credit of a domain that may not serve again over the others, in whole units."""
     owed, credit[capped] = credit[capped], 0
     heirs = [0 if i == capped else weight for i, weight in enumerate(weights)]
-    total = sum(heirs)
-    if not total:
+    if not any(heirs):
         credit[capped] = owed
         return
-    shares = [owed * heir // total for heir in heirs]
-    shares[heirs.index(max(heirs))] += owed - sum(shares)
-    for i, share in enumerate(shares):
+    for i, share in enumerate(split(owed, heirs)):
         credit[i] += share
 
 

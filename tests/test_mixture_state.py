@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddkmix import mixture_state
-from ddkmix.apportion import ROW, share_out
+from ddkmix.apportion import ROW, share_out, split
 from ddkmix.errors import DataError
 from ddkmix.index import DomainRows
 from ddkmix.loader import DomainMixture
@@ -274,7 +274,7 @@ def test_the_check_notices_states_that_follow_badly(monkeypatch: pytest.MonkeyPa
     )
     check_change(case)
     if sabotage == "credit":
-        monkeypatch.setattr(mixture_state, "_split", lambda total, parts: [0] * len(parts))
+        monkeypatch.setattr(mixture_state, "split", lambda total, parts: [0] * len(parts))
     else:
         follow = mixture_state._follow
 
@@ -290,7 +290,7 @@ def test_the_check_notices_states_that_follow_badly(monkeypatch: pytest.MonkeyPa
 def test_a_loan_that_is_split_loses_no_unit() -> None:
     """Also negative amounts, and weights of which some are zero."""
     for total in (-7, -1, 0, 1, 10, 3 * ROW + 1):
-        shares = mixture_state._split(total, [3, 0, 4])
+        shares = split(total, [3, 0, 4])
         assert total == sum(shares)
         assert 0 == shares[1]
 
