@@ -1,4 +1,4 @@
-"""One connection pool per store and process, and running its coroutines from any thread.
+"""One connection pool per store and process.
 
 fsspec's event loop lives in a thread, so it does not survive a fork, and DataLoader workers may be forked
 after their parent has used it. Three things go wrong then, and all of them look like a hang: the child waits
@@ -7,22 +7,15 @@ the *parent's* epoll; a lock was held at the moment of the fork. So a child keep
 untouched, and connects anew.
 """
 
-import asyncio
 import atexit
 import os
 import sys
 import threading
-from collections.abc import Coroutine
-from concurrent.futures import TimeoutError as NotYet
-from typing import Any, TypeVar
+from typing import Any
 
 from ddkmix.config import Storage
-from ddkmix.storage.faults import Stopped
 from ddkmix.storage.location import scheme_of
 
-T = TypeVar("T")
-_TICK_S = 0.1
-"""How soon a `stop` is noticed."""
 _CLOSE_S = 1.0
 
 _lock = threading.Lock()
@@ -70,27 +63,6 @@ def _connect(scheme: str, timeout_s: float) -> Any:
         return HfFileSystem(skip_instance_cache=True)
     assert scheme == "file", scheme
     return fsspec.filesystem("file", skip_instance_cache=True)
-
-
-def run(system: Any, coroutine: Coroutine[Any, Any, T], stop: threading.Event | None = None) -> T:
-    """Run a coroutine on a file system's loop; cancel it when this thread is interrupted or `stop` is set.
-
-    Raises:
-        Stopped: `stop` was set.
-    """
-    future = asyncio.run_coroutine_threadsafe(coroutine, system.loop)
-    try:
-        while True:
-            try:
-                return future.result(_TICK_S)
-            except NotYet:
-                if future.done():  # it ended just now, perhaps with a timeout of its own
-                    return future.result()
-            if stop is not None and stop.is_set():
-                raise Stopped
-    except BaseException:
-        future.cancel()
-        raise
 
 
 def disconnect() -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from ddkmix.config import Storage
 from ddkmix.errors import StorageError
 from ddkmix.fingerprint import replacing
-from ddkmix.storage.connections import file_system, run
+from ddkmix.storage.connections import file_system
+from ddkmix.storage.coroutines import run
 from ddkmix.storage.faults import BACKOFF_S, Fault, Missing, fault_of, local_error, with_retries
 from ddkmix.storage.location import check_location, scheme_of, shown
 from ddkmix.storage.streams import Partial, cat_ranges, describe, receive

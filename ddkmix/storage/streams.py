@@ -17,7 +17,8 @@ from time import monotonic
 from typing import IO, Any, BinaryIO
 
 from ddkmix.config import Storage
-from ddkmix.storage.connections import file_system, run
+from ddkmix.storage.connections import file_system
+from ddkmix.storage.coroutines import run
 from ddkmix.storage.faults import Fault, Stopped, local_error
 from ddkmix.storage.location import scheme_of, without_secrets
 

@@ -15,7 +15,7 @@ from fsspec.asyn import sync
 from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.http import HTTPFileSystem
 
-from ddkmix.storage.connections import run
+from ddkmix.storage.coroutines import run
 from ddkmix.storage.faults import Fault, status_fault
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from collections.abc import Callable
 import pytest
 
 from ddkmix.config import Storage
-from ddkmix.storage.connections import disconnect, file_system, run
+from ddkmix.storage.connections import disconnect, file_system
+from ddkmix.storage.coroutines import run
 from ddkmix.storage.faults import Stopped
 from ddkmix.storage.remote import read_ranges
 from tests.storage import servers
