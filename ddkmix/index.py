@@ -19,6 +19,7 @@ from jaxtyping import Int, UInt
 from ddkmix.errors import DataError
 from ddkmix.fingerprint import replacing
 from ddkmix.storage.location import file_name
+from ddkmix.storage.spool import StoredShard
 
 _DAMAGE = (
     OSError,
@@ -67,6 +68,11 @@ class ShardIndex:
     def name(self) -> str:
         """The file name of the shard, which is a part of its rows' names."""
         return file_name(self.location)
+
+    @property
+    def stored(self) -> StoredShard:
+        """The shard as `storage` knows it."""
+        return StoredShard(self.location, self.size, self.sha256)
 
 
 def row_checksums(rows: UInt[np.ndarray, "R T"], num_tokens: Int[np.ndarray, " R"]) -> UInt[np.ndarray, " R"]:

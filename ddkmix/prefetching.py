@@ -56,8 +56,8 @@ class ShardPrefetch:
     def _upcoming(self, served: Sequence[int], domains: Sequence[int]) -> list[StoredShard]:
         lists = []
         for i in domains:
-            shards = (self._stream.rows[i].shards[s] for s in shards_from(self._stream.orders[i], served[i]))
-            lists.append([StoredShard(shard.location, shard.size, shard.sha256) for shard in shards])
+            upcoming = shards_from(self._stream.orders[i], served[i])
+            lists.append([self._stream.rows[i].shards[shard].stored for shard in upcoming])
         return [shard for shard in chain.from_iterable(zip_longest(*lists)) if shard is not None]
 
     def close(self) -> None:

@@ -202,14 +202,13 @@ class TaskReader:
                 tokens = reader.read(shard, row)
             except RowError:
                 continue
-            names = [index.name for index in reader.rows.shards]
             record = Substitution(
                 domain=order.domain,
                 j=j,
                 attempt=attempt,
-                shard=names[bad[0]],
+                shard=reader.rows.shards[bad[0]].name,
                 row=bad[1],
-                substitute_shard=names[shard],
+                substitute_shard=reader.rows.shards[shard].name,
                 substitute_row=row,
                 reason=str(failure),
             )

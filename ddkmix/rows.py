@@ -21,7 +21,6 @@ from ddkmix.errors import DataError, RowError
 from ddkmix.index import DomainRows
 from ddkmix.storage.location import is_remote
 from ddkmix.storage.reader import ByteReader, Request
-from ddkmix.storage.spool import StoredShard
 
 
 class OpenFiles:
@@ -106,7 +105,7 @@ class RowReader:
         sizes = self.rows.places.num_tokens[places] * np.dtype(self.rows.dtype).itemsize
         offsets = self.rows.places.offsets[places]
         return [
-            (StoredShard(shard.location, shard.size, shard.sha256), offset, size)
+            (shard.stored, offset, size)
             for shard, offset, size in zip(
                 (self.rows.shards[i] for i in shards.tolist()), offsets.tolist(), sizes.tolist(), strict=True
             )
@@ -186,8 +185,7 @@ class RowReader:
     def _ask_again(self, target: memoryview, shard: int, offset: int) -> int:
         """Read a remote row once more, not from the same copy: the row itself need not be damaged."""
         assert self._remote is not None
-        index = self.rows.shards[shard]
-        stored = StoredShard(index.location, index.size, index.sha256)
+        stored = self.rows.shards[shard].stored
         self._remote.cache.discard(stored)
         data = self._remote.read([(stored, offset, len(target))])[0]
         target[: len(data)] = data
