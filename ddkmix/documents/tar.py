@@ -9,7 +9,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from itertools import groupby, takewhile
@@ -54,19 +54,10 @@ def read_tar(path: Path, text_field: str, *, name: str, compression: str | None 
             tar; a document is not UTF-8 or lacks the field; a text member is a link; or no sample has one.
         OSError: the file cannot be opened or read.
     """
-    index = None
-    if compression is None:
-        _check_complete(path, name)
-        index = index_beside(path, name)
+    index = index_beside(path, name) if compression is None else None
     seen: set[str] = set()
-    with ExitStack() as stack:
-        source = _Forward(stack.enter_context(open_bytes(path, name, compression)), compression is None)
-        try:
-            tar = stack.enter_context(_open_tar(source))
-            yield from _texts(tar, _members(tar, index), text_field, name, seen)
-        except (tarfile.TarError, ValueError, OverflowError) as error:
-            raise DataError(f"{name} is not a whole tar file ({error}); copy or write it again.") from None
-        _check_end(source, tar.offset, name)
+    with whole_tar(path, name, compression) as tar:
+        yield from _texts(tar, _members(tar, index), text_field, name, seen)
     if index:
         index.end(tar.offset)
     wanted = _extension_of(text_field)
@@ -76,6 +67,26 @@ def read_tar(path: Path, text_field: str, *, name: str, compression: str | None 
         raise DataError(
             f"{name} has no .{wanted} member{only}; set text_field in the card to the documents' extension."
         )
+
+
+@contextmanager
+def whole_tar(path: Path, name: str, compression: str | None = None) -> Iterator[tarfile.TarFile]:
+    """A tar to be read from its first member to its last, which must be all that the file holds.
+
+    Raises:
+        DataError: the tar is truncated, damaged or followed by something else.
+        OSError: the file cannot be opened or read.
+    """
+    if compression is None:
+        _check_complete(path, name)
+    with ExitStack() as stack:
+        source = _Forward(stack.enter_context(open_bytes(path, name, compression)), compression is None)
+        try:
+            tar = stack.enter_context(_open_tar(source))
+            yield tar
+        except (tarfile.TarError, ValueError, OverflowError) as error:
+            raise DataError(f"{name} is not a whole tar file ({error}); copy or write it again.") from None
+        _check_end(source, tar.offset, name)
 
 
 def read_document(

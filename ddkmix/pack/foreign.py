@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import UInt
 
 from ddkmix.documents.energon import index_beside
+from ddkmix.documents.tar import whole_tar
 from ddkmix.domains import SPLITS, Split
 from ddkmix.errors import DataError
 from ddkmix.fingerprint import hash_file, hash_json
@@ -126,10 +127,9 @@ def _index_tar(path: Path, tokenizer: TokenizerCard, seq_len: int) -> ShardIndex
 
 
 def _rows(path: Path, tokenizer: TokenizerCard, seq_len: int) -> Iterator[_Row]:
-    _check_end_mark(path)
     check, key = index_beside(path, str(path)), None
     try:
-        with tarfile.open(path, mode="r:") as tar:
+        with whole_tar(path, str(path)) as tar:
             for member in tar:
                 if not member.isfile():
                     continue
@@ -140,19 +140,10 @@ def _rows(path: Path, tokenizer: TokenizerCard, seq_len: int) -> Iterator[_Row]:
                     assert file is not None
                     where = f"{path}: {member.name}"
                     yield _row(file.read(), member, where, tokenizer, seq_len)
-            if check is not None:
-                check.end(tar.offset)
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{path} is not a whole tar file ({error}); copy or write it again.") from None
-
-
-def _check_end_mark(path: Path) -> None:
-    """A tar that was cut between two members reads without an error."""
-    with path.open("rb") as file:
-        file.seek(max(path.stat().st_size - 2 * tarfile.BLOCKSIZE, 0))
-        data = file.read()
-    if len(data) < 2 * tarfile.BLOCKSIZE or data.strip(b"\0"):
-        raise DataError(f"{path} has no tar end mark: it is truncated or compressed. Write it again, plain.")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); copy or write it again.") from None
+    if check is not None:
+        check.end(tar.offset)
 
 
 def _row(data: bytes, member: tarfile.TarInfo, where: str, tokenizer: TokenizerCard, seq_len: int) -> _Row:

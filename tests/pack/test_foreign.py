@@ -135,3 +135,22 @@ def test_damaged_shards_are_refused(tmp_path: Path, tokenizer: TokenizerCard, da
     with pytest.raises(DataError) as info:
         index(tmp_path, tokenizer)
     assert message[damage] in str(info.value)
+
+
+@pytest.mark.parametrize("damage", ["joined", "header"])
+def test_rows_behind_a_tars_end_are_not_lost_silently(
+    tmp_path: Path, tokenizer: TokenizerCard, damage: str
+) -> None:
+    """tarfile stops without a word at the end mark of the first of two tars, and at a damaged header."""
+    path = foreign(tmp_path) / "train" / "a.tar"
+    data = path.read_bytes()
+    if damage == "joined":
+        path.write_bytes(data + data)
+    else:
+        with tarfile.open(path) as tar:
+            second = tar.getmembers()[1].offset
+        path.write_bytes(data[:second] + b"\xff" * 20 + data[second + 20 :])
+    with pytest.raises(DataError, match=r"goes on after its tar ends at byte|not a whole tar file") as info:
+        index(tmp_path, tokenizer)
+    assert "\n" not in str(info.value)
+    assert not (tmp_path / "rows.json").exists()
