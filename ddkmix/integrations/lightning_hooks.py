@@ -1,10 +1,11 @@
-"""What the adapter for Lightning does, as plain hooks: `lightning` and `pytorch_lightning` are one code twice.
+"""What the adapter for Lightning does, as plain hooks: its code exists twice, as `lightning.pytorch` and as
+`pytorch_lightning`.
 
     batch start: is this the next step's? -> batch end: a step is done -> measure, new weights -> next batch
 
-Lightning asks for the next batch after `on_train_batch_end`, as long as the loader has a length; without one it
-reads a batch ahead (`loops/fetchers.py::_PrefetchDataFetcher`) and a change would come late. The state is that
-after the optimizer steps that a checkpoint holds, whatever was handed out since.
+Lightning asks for the next batch after `on_train_batch_end`, as long as the loader has a length; without one
+it reads a batch ahead (`loops/fetchers.py::_PrefetchDataFetcher`) and a change would come late. What is saved
+is the state after the optimizer steps that the checkpoint holds, whatever was handed out since.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from logging import getLogger
 from typing import Any
 
 from ddkmix.errors import ConfigError, RunError
+from ddkmix.integrations.lightning_checks import check_loader, check_trainer
 from ddkmix.integrations.lightning_progress import begin_at_a_step
 from ddkmix.loader import DomainMixture
 from ddkmix.reweighting import Reweighter
@@ -37,7 +39,22 @@ class TrainLoader(StepLoader):
 
 
 class DataHooks:
-    """The hooks of `MixtureDataModule`."""
+    """The train rows of a run of Lightning: a LightningDataModule around a mixture.
+
+    Gives as many micro-batches a step as the Trainer accumulates, up to its `max_steps`. Batches are dicts of
+    `input_ids` (b, T) int64 and `labels` (b, T) int64 (not shifted, -100 at padding), or what the mixture's
+    `collate_fn` makes. The Trainer needs a `MixtureCallback` of the same mixture, which saves the state. For
+    validation of your own, subclass it and add `val_dataloader`.
+
+    Args:
+        mixture: rows; ranks are those of the strategy, whatever `use_distributed_sampler` says.
+        microbatches: batches of an optimizer step, for manual optimization only, where the Trainer does not
+            accumulate; None is `accumulate_grad_batches`.
+        domain_ids: add `domain_ids` (b,) int64, into `mixture.domains`, to every batch.
+
+    Raises:
+        ConfigError: no `MixtureCallback` is there, or the rows cannot be dealt into so many micro-batches.
+    """
 
     trainer: Any
 
@@ -54,8 +71,9 @@ class DataHooks:
         callbacks = [hooks for hooks in self.trainer.callbacks if isinstance(hooks, CallbackHooks)]
         if stage == "fit" and not any(hooks.mixture is self.mixture for hooks in callbacks):
             raise ConfigError(
-                "MixtureDataModule without a MixtureCallback of the same mixture: no checkpoint would hold its "
-                "state; add MixtureCallback(reweighter), or MixtureCallback(mixture), to Trainer(callbacks=[...])."
+                "MixtureDataModule without a MixtureCallback of the same mixture: no checkpoint would hold "
+                "its state; add MixtureCallback(reweighter), or MixtureCallback(mixture), to "
+                "Trainer(callbacks=[...])."
             )
 
     def train_dataloader(self) -> TrainLoader:
@@ -69,7 +87,25 @@ class DataHooks:
 
 
 class CallbackHooks:
-    """The hooks of `MixtureCallback`."""
+    """Measures the student at every interval, sets the weights, and keeps the mixture's state in checkpoints.
+
+    Any checkpoint of the Trainer holds what `fit(ckpt_path=...)` needs to go on with the very next step, also
+    one made within a step or on an exception, with other workers, ranks or `accumulate_grad_batches`. Weights,
+    epochs, losses and gaps (`Reweighter.metrics`) are logged at each interval by the Trainer's loggers, under
+    the number of finished steps, and can be monitored.
+
+    Args:
+        mixture: a `Reweighter`; or a `DomainMixture` whose weights stay, or are yours to set between steps
+            (in `on_train_batch_end`).
+        student: the attribute of the LightningModule that is the language model. None measures the module
+            itself, as the strategy wraps it, by its own `forward(input_ids)`: FSDP and ZeRO stage 3 need that.
+        allow_changes: go on from a checkpoint although domains, their data or settings have changed; each
+            change is logged.
+
+    Raises:
+        ConfigError: settings of the Trainer under which its steps would not be the mixture's.
+        RunError: a batch is not of the step to come: something reads ahead, skips or repeats.
+    """
 
     def __init__(
         self,
@@ -99,13 +135,13 @@ class CallbackHooks:
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse settings under which steps would not be the mixture's, before anything is loaded."""
         if stage == "fit":
-            _check_trainer(trainer)
+            check_trainer(trainer)
             if self._reweighter is not None:
                 self._student_of(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Go on from the checkpoint, and measure if an interval begins here."""
-        _check_loader(trainer, pl_module, self._loader(trainer))
+        check_loader(trainer, pl_module, self._loader(trainer))
         self._go_on(trainer.global_step)
         self._step_is_done(trainer, pl_module)
 
@@ -151,7 +187,9 @@ class CallbackHooks:
             return
         message = f"no domain may serve another row after {self._epoch_from} steps (max_epochs)"
         if trainer.should_stop:
-            raise RunError(f"{message}, and min_steps or min_epochs ask for more; raise max_epochs or lower these.")
+            raise RunError(
+                f"{message}, and min_steps or min_epochs ask for more; raise max_epochs or lower them."
+            )
         _LOG.warning("%s; training stops.", message)
         trainer.should_stop = True
 
@@ -176,13 +214,15 @@ class CallbackHooks:
         saved = checkpoint.get(_KEY)
         if saved is None:
             raise RunError(
-                "the checkpoint holds no state of a mixture: its run had no MixtureCallback. To start from its "
-                "parameters only, load them with load_from_checkpoint and fit without ckpt_path."
+                "the checkpoint holds no state of a mixture: its run had no MixtureCallback. To start from "
+                "its parameters only, load them with load_from_checkpoint and fit without ckpt_path."
             )
         self._loaded = saved["state"]
         was = saved["microbatches"]
         begin_at_a_step(
-            checkpoint, was=was, now=trainer.accumulate_grad_batches if pl_module.automatic_optimization else was
+            checkpoint,
+            was=was,
+            now=trainer.accumulate_grad_batches if pl_module.automatic_optimization else was,
         )
 
     # --- parts ------------------------------------------------------------------------------------------
@@ -216,8 +256,8 @@ class CallbackHooks:
             return trainer.model  # wrapped by the strategy, which FSDP and ZeRO need
         if not hasattr(pl_module, self._student):
             raise ConfigError(
-                f"MixtureCallback(student={self._student!r}): {type(pl_module).__name__} has no such attribute; "
-                "name the one that holds the language model."
+                f"MixtureCallback(student={self._student!r}): {type(pl_module).__name__} has no such "
+                "attribute; name its language model."
             )
         return getattr(pl_module, self._student)
 
@@ -253,53 +293,3 @@ def _record(trainer: Any, metrics: dict[str, float], step: int) -> None:
         logger.log_metrics(metrics, step=step)
     # for EarlyStopping and ModelCheckpoint(monitor=...), as Lightning's LearningRateMonitor does
     trainer.callback_metrics.update({name: tensor(value) for name, value in metrics.items()})
-
-
-def _check_trainer(trainer: Any) -> None:
-    """Settings that are known before anything is loaded."""
-    if trainer.max_steps < 1:
-        raise ConfigError(
-            f"Trainer(max_steps={trainer.max_steps}): a mixture has no epochs and ends after a number of "
-            "optimizer steps; set max_steps."
-        )
-    if trainer.overfit_batches:
-        raise ConfigError(
-            f"Trainer(overfit_batches={trainer.overfit_batches}): a mixture never serves a batch twice; overfit "
-            "on a DataLoader over a list of its batches instead."
-        )
-    for callback in trainer.callbacks:
-        factors = getattr(callback, "scheduling", None) if _is_scheduler(callback) else None
-        if factors and set(factors.values()) != {1}:
-            raise ConfigError(
-                f"GradientAccumulationScheduler(scheduling={factors}) changes the rows of a step during the run, "
-                "which a mixture plans whole; use Trainer(accumulate_grad_batches=...)."
-            )
-
-
-def _is_scheduler(callback: Any) -> bool:
-    return any(cls.__name__ == "GradientAccumulationScheduler" for cls in type(callback).__mro__)
-
-
-def _check_loader(trainer: Any, pl_module: Any, loader: StepLoader) -> None:
-    """Settings that are known when training starts."""
-    parts, accumulated = loader.microbatches, trainer.accumulate_grad_batches
-    if len(trainer.optimizers) > 1:
-        raise ConfigError(
-            f"{len(trainer.optimizers)} optimizers: Lightning's global_step counts every one's steps, so it is "
-            "not the mixture's; use one optimizer with several parameter groups."
-        )
-    if loader.steps is None or loader.steps < trainer.max_steps:
-        raise ConfigError(
-            f"mixture.loader(steps={loader.steps}) and Trainer(max_steps={trainer.max_steps}): give the loader "
-            "the trainer's max_steps; without a length Lightning reads a batch ahead of the weights."
-        )
-    if pl_module.automatic_optimization and parts != accumulated:
-        raise ConfigError(
-            f"mixture.loader(microbatches={parts}) and Trainer(accumulate_grad_batches={accumulated}) must be "
-            "the same number."
-        )
-    if trainer.num_training_batches % parts:
-        raise ConfigError(
-            f"{trainer.num_training_batches} batches an epoch (limit_train_batches or fast_dev_run) cut a step of "
-            f"{parts} micro-batches in two; make it a multiple of {parts}."
-        )

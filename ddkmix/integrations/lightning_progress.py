@@ -1,9 +1,9 @@
 """Lightning's count of batches in a checkpoint, made to begin at a whole optimizer step.
 
-A checkpoint holds parameters after whole steps. Saved in the middle of one (by an exception, or by a validation
-between two micro-batches), its counters are ahead: the gradients of those micro-batches are gone, and Lightning
-would make the next step of what is left of them. The counters are set to those that ModelCheckpoint saves right
-after the step's last micro-batch.
+A checkpoint holds parameters after whole steps. Saved in the middle of one (by an exception, or a validation
+between two micro-batches), its counters are ahead: the gradients of those micro-batches are gone, and
+Lightning would make the next step of what is left of them. The counters are set to those that ModelCheckpoint
+saves right after the step's last micro-batch.
 """
 
 from typing import Any

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -10,6 +11,16 @@ from torch import nn
 
 from ddkmix.integrations.lightning import MixtureCallback, MixtureDataModule
 from tests.integrations.conftest import STEPS, Parts, Rows, dealt, rows_of
+
+QUIET = [
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*The last model of the previous:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
+]
+"""Lightning's remarks on runs like these, and its own use of what torch deprecates."""
 
 
 class Language(nn.Module):

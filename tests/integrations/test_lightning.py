@@ -1,25 +1,18 @@
-"""Lightning's Trainer on a mixture: the rows of every optimizer step, whatever happens between two of them."""
+"""Lightning's Trainer on a mixture: the rows of every optimizer step, whatever happens between two."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from tests.integrations.conftest import Parts, Rows
-from tests.integrations.lightning_student import Saves, Student, fit
+from tests.integrations.lightning_student import QUIET, Saves, Student, fit
 
 MakeParts = Callable[..., Parts]
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*The last model of the previous:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available:UserWarning"),
-]
+pytestmark = QUIET
 
 
 def same_parameters(one: Student, other: Student) -> bool:

@@ -1,6 +1,6 @@
 """Train a small student on eight domains with Lightning; every domain is drawn equally often.
 
-    python tools/examples/lightning_plain.py [STEPS]
+python tools/examples/lightning_plain.py [STEPS]
 """
 
 import sys
