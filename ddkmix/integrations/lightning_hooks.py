@@ -39,22 +39,7 @@ class TrainLoader(StepLoader):
 
 
 class DataHooks:
-    """The train rows of a run of Lightning: a LightningDataModule around a mixture.
-
-    Gives as many micro-batches a step as the Trainer accumulates, up to its `max_steps`. Batches are dicts of
-    `input_ids` (b, T) int64 and `labels` (b, T) int64 (not shifted, -100 at padding), or what the mixture's
-    `collate_fn` makes. The Trainer needs a `MixtureCallback` of the same mixture, which saves the state. For
-    validation of your own, subclass it and add `val_dataloader`.
-
-    Args:
-        mixture: rows; ranks are those of the strategy, whatever `use_distributed_sampler` says.
-        microbatches: batches of an optimizer step, for manual optimization only, where the Trainer does not
-            accumulate; None is `accumulate_grad_batches`.
-        domain_ids: add `domain_ids` (b,) int64, into `mixture.domains`, to every batch.
-
-    Raises:
-        ConfigError: no `MixtureCallback` is there, or the rows cannot be dealt into so many micro-batches.
-    """
+    """The hooks of `MixtureDataModule`."""
 
     trainer: Any
 
@@ -87,25 +72,7 @@ class DataHooks:
 
 
 class CallbackHooks:
-    """Measures the student at every interval, sets the weights, and keeps the mixture's state in checkpoints.
-
-    Any checkpoint of the Trainer holds what `fit(ckpt_path=...)` needs to go on with the very next step, also
-    one made within a step or on an exception, with other workers, ranks or `accumulate_grad_batches`. Weights,
-    epochs, losses and gaps (`Reweighter.metrics`) are logged at each interval by the Trainer's loggers, under
-    the number of finished steps, and can be monitored.
-
-    Args:
-        mixture: a `Reweighter`; or a `DomainMixture` whose weights stay, or are yours to set between steps
-            (in `on_train_batch_end`).
-        student: the attribute of the LightningModule that is the language model. None measures the module
-            itself, as the strategy wraps it, by its own `forward(input_ids)`: FSDP and ZeRO stage 3 need that.
-        allow_changes: go on from a checkpoint although domains, their data or settings have changed; each
-            change is logged.
-
-    Raises:
-        ConfigError: settings of the Trainer under which its steps would not be the mixture's.
-        RunError: a batch is not of the step to come: something reads ahead, skips or repeats.
-    """
+    """The hooks of `MixtureCallback`."""
 
     def __init__(
         self,
@@ -120,8 +87,8 @@ class CallbackHooks:
         found = mixture.mixture if isinstance(mixture, Reweighter) else mixture
         if not isinstance(found, DomainMixture):
             raise ConfigError(
-                f"MixtureCallback of a {type(found).__name__}; Lightning's loaders read ahead of weights, so "
-                "it takes a DomainMixture (or a Reweighter of one)."
+                f"MixtureCallback of a {type(found).__name__}: a DataLoader reads ahead of its weights; give a "
+                "DomainMixture, or a Reweighter of one."
             )
         self.mixture = found
         """The `DomainMixture`."""
@@ -187,9 +154,7 @@ class CallbackHooks:
             return
         message = f"no domain may serve another row after {self._epoch_from} steps (max_epochs)"
         if trainer.should_stop:
-            raise RunError(
-                f"{message}, and min_steps or min_epochs ask for more; raise max_epochs or lower them."
-            )
+            raise RunError(f"{message}, and min_steps or min_epochs ask for more; raise it or lower these.")
         _LOG.warning("%s; training stops.", message)
         trainer.should_stop = True
 

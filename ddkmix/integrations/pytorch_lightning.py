@@ -1,4 +1,4 @@
-"""The mixture in the `Trainer` of `pytorch_lightning`; see `ddkmix.integrations.lightning`."""
+"""The mixture in the `Trainer` of `pytorch_lightning`: see `ddkmix.integrations.lightning`."""
 
 from pytorch_lightning import Callback, LightningDataModule
 
@@ -6,8 +6,8 @@ from ddkmix.integrations.lightning_hooks import CallbackHooks, DataHooks
 
 
 class MixtureDataModule(DataHooks, LightningDataModule):
-    __doc__ = DataHooks.__doc__
+    """As `ddkmix.integrations.lightning.MixtureDataModule`."""
 
 
 class MixtureCallback(CallbackHooks, Callback):
-    __doc__ = CallbackHooks.__doc__
+    """As `ddkmix.integrations.lightning.MixtureCallback`."""

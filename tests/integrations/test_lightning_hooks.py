@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from ddkmix import DomainMixture, GapEvaluator, Reweighter
+from ddkmix import DomainMixture, GapEvaluator, MixtureBatchSampler, Reweighter
 from ddkmix.errors import ConfigError, DataError, RunError
 from ddkmix.integrations.lightning import MixtureCallback, MixtureDataModule
 from tests.hand_made import numbered_rows
@@ -465,6 +465,13 @@ def test_a_skipped_batch_is_refused(tmp_path: Path, make: MakeMixture) -> None:
 
     with pytest.raises(RunError, match=r"out 4 steps and the trainer has finished 2.*none may be skipped"):
         fit(tmp_path, make(), student=Skips())
+
+
+def test_a_batch_sampler_is_refused(tmp_path: Path) -> None:
+    """The DataLoader around it would have read rows of the old weights."""
+    sampler = MixtureBatchSampler(dict.fromkeys(NAMES, [1, 2, 3]), batch_rows=3)
+    with pytest.raises(ConfigError, match="MixtureCallback of a MixtureBatchSampler: a DataLoader reads ahead"):
+        MixtureCallback(Reweighter(sampler, None))
 
 
 def test_a_student_that_is_not_there_is_refused(tmp_path: Path, make: MakeMixture) -> None:
