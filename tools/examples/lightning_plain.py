@@ -1,7 +1,4 @@
-"""Train a small student on eight domains with Lightning; every domain is drawn equally often.
-
-python tools/examples/lightning_plain.py [STEPS]
-"""
+"""Train a small student on eight domains with Lightning: python PROGRAM [STEPS]."""
 
 import sys
 from pathlib import Path
@@ -16,29 +13,29 @@ STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 100
 tokenizer = AutoTokenizer.from_pretrained(TEACHER)
 
 
-def cut(batch, length=128):
+def cut(documents, length=128):
     """Documents to rows of tokens."""
-    ids = [i for text in batch["txt"] for i in tokenizer(text + "<|endoftext|>")["input_ids"]]
-    return {"input_ids": [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]}
+    ids = [i for text in documents["txt"] for i in tokenizer(text + "<|endoftext|>")["input_ids"]]
+    rows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+    return {"input_ids": rows, "labels": rows}
 
 
-def rows(domain):
-    """The rows of a domain's training text."""
-    shards = datasets.load_dataset("webdataset", data_files=f"{domain}/train-*.tar", split="train")
+def rows(domain, split="train"):
+    """The rows of a split of a domain."""
+    shards = datasets.load_dataset("webdataset", data_files=f"{domain}/{split}-*.tar", split="train")
     return shards.map(cut, batched=True, remove_columns=shards.column_names).with_format("torch")
 
 
 class Student(lightning.LightningModule):
-    """The teacher's architecture with two layers, trained on the next token."""
+    """Two layers of the teacher's architecture."""
 
     def __init__(self):
         super().__init__()
-        self.model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(TEACHER, num_hidden_layers=2)
-        )
+        config = AutoConfig.from_pretrained(TEACHER, num_hidden_layers=2)
+        self.model = AutoModelForCausalLM.from_config(config)
 
     def training_step(self, batch, _):
-        loss = self.model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
+        loss = self.model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
         self.log("loss", loss, prog_bar=True)
         return loss
 
@@ -46,8 +43,11 @@ class Student(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-domains = {card.stem: rows(card.with_suffix("")) for card in Path("domains").glob("*.yaml")}
+domains = {card.stem: rows(card.with_suffix("")) for card in sorted(Path("domains").glob("*.yaml"))}
 mixed = datasets.interleave_datasets(list(domains.values()), stopping_strategy="all_exhausted")
 data = torch.utils.data.DataLoader(mixed, batch_size=4, shuffle=True)
-trainer = lightning.Trainer(max_steps=STEPS, accumulate_grad_batches=2)
+trainer = lightning.Trainer(
+    max_steps=STEPS,
+    accumulate_grad_batches=2,
+)
 trainer.fit(Student(), data)
