@@ -1,5 +1,8 @@
 """What users do to a Trainer: it works, or one line says why not; and what the adapter relies on."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -19,9 +22,10 @@ from torch.utils.data import DataLoader
 from ddkmix import DomainMixture, GapEvaluator, MixtureBatchSampler, Reweighter
 from ddkmix.errors import ConfigError, DataError, RunError
 from ddkmix.integrations.lightning import MixtureCallback, MixtureDataModule
+from tests.conftest import REPO
 from tests.hand_made import numbered_rows
 from tests.integrations.conftest import Rows
-from tests.integrations.lightning_student import QUIET, Student, trainer_of
+from tests.integrations.lightning_student import QUIET, Language, Student, trainer_of
 from tests.integrations.policies import Rotating
 
 STEPS, NAMES = 8, ("a", "b", "c")
@@ -65,6 +69,50 @@ def fit(
     trainer = trainer_of(folder, MixtureCallback(mixture), *callbacks, **{"max_steps": STEPS, **options})
     trainer.fit(student, MixtureDataModule(mixture), ckpt_path=ckpt_path)
     return student
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_pytorch_lightning_is_the_same(tmp_path: Path, make: MakeMixture, plain: Rows) -> None:
+    """Its Trainer takes only its own classes; stopped in the middle of a step and resumed."""
+    import pytorch_lightning
+
+    from ddkmix.integrations import pytorch_lightning as adapter
+
+    class Twin(pytorch_lightning.LightningModule):
+        training_step, rows = Student.training_step, Student.rows
+        configure_optimizers = Student.configure_optimizers
+
+        def __init__(self, fails_at: int | None) -> None:
+            super().__init__()
+            self.model, self.fails_at, self.seen = Language(), fails_at, []
+
+    path = tmp_path / "saved.ckpt"
+    for fails_at in (10, None):
+        mixture, student = make(), Twin(fails_at)
+        trainer = pytorch_lightning.Trainer(
+            max_steps=STEPS,
+            accelerator="cpu",
+            accumulate_grad_batches=3,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            callbacks=[adapter.MixtureCallback(mixture)],
+        )
+        data = adapter.MixtureDataModule(mixture)
+        try:
+            trainer.fit(student, data, ckpt_path=path if path.exists() else None)
+        except ZeroDivisionError:
+            trainer.save_checkpoint(path)
+    assert plain[3:] == student.rows(3, 3)
+
+
+def test_only_the_adapters_import_lightning() -> None:
+    """ddkmix, and what the two adapters share, need none of it."""
+    code = (
+        "import sys, ddkmix.integrations.lightning_hooks\n"
+        "assert not {'lightning', 'pytorch_lightning'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(REPO)})
 
 
 # --- weights ----------------------------------------------------------------------------------------------
