@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TEACHER := models/smollm2-135m-instruct
 
-.PHONY: install teacher quickstart test check fix bench bench-loader soak clean
+.PHONY: install teacher quickstart test check docs fix bench bench-loader soak clean
 
 install: $(VENV)/installed
 
@@ -31,6 +31,10 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The site of the public names, site/index.html.
+docs: install
+	$(BIN)/python tools/build_docs.py --out site
+
 fix: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -46,4 +50,4 @@ soak: install
 	OMP_NUM_THREADS=1 $(BIN)/python tools/soak.py --steps 200000
 
 clean:
-	rm -rf $(VENV) .cache runs
+	rm -rf $(VENV) .cache runs site

@@ -2,7 +2,7 @@
 
 YAML file -> dotted overrides (`trainer.steps=20`) -> checks -> `RunConfig`. The resolved tree is written
 into the run directory. Paths are relative to the working directory. The parameters of the policy and of
-the losses belong to their own dataclasses (`ddkmix/policies`, `ddkmix/losses`), which check them.
+the losses belong to their own dataclasses (`ddkmix.policies`, `ddkmix.losses`), which check them.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ddkmix.errors import ConfigError
 from ddkmix.overrides import apply_override, read_yaml
 from ddkmix.validation import explain
+
+__all__ = [
+    "Evaluation",
+    "Loader",
+    "Mixture",
+    "Named",
+    "Optimizer",
+    "Pack",
+    "RunConfig",
+    "Schedule",
+    "Section",
+    "Storage",
+    "Student",
+    "Teacher",
+    "Tracking",
+    "Trainer",
+    "load_config",
+]
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -34,8 +52,9 @@ class Section(BaseModel):
 class Named(BaseModel):
     """`name` and the parameters of a policy or a loss, which checks them itself."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
     name: str
+    """An entry of `ddkmix.POLICIES` or `ddkmix.LOSSES`, or `package.module:Class`."""
 
 
 class Teacher(Section):
@@ -109,8 +128,11 @@ class Optimizer(Section):
     lr: Positive = 3e-5
     """Peak learning rate."""
     beta1: Decay = 0.9
+    """Decay of the mean of the gradients, per step."""
     beta2: Decay = 0.95
+    """Decay of the mean of their squares, per step."""
     eps: Positive = 1e-8
+    """Added to the root of that mean."""
     weight_decay: NonNegative = 0.1
     """Applied to matrices; not to norms and biases."""
     max_grad_norm: NonNegative = 1.0
@@ -201,36 +223,62 @@ class Tracking(Section):
     trackers: tuple[str, ...] = ()
     """For example [tensorboard], [wandb], [trackio]; each must be installed."""
     project: str = "ddkmix"
+    """The project's name at the tracker."""
 
 
 class RunConfig(Section):
-    """A run."""
+    """A run: every setting, its default and its rule. Usually read from a file by `load_config`.
+
+    >>> from ddkmix import RunConfig
+    >>> config = RunConfig.model_validate({
+    ...     "run_dir": "runs/first",
+    ...     "domains": ["domains"],
+    ...     "teacher": {"model": "models/teacher"},
+    ...     "student": {"init": "prune", "layers": [0, 5, 11]},
+    ...     "trainer": {"steps": 30_000},
+    ... })
+    >>> config.mixture.interval_steps, config.policy.name, config.optimizer.lr
+    (1000, 'ddk', 3e-05)
+    """
 
     run_dir: Path
     """Everything that the run writes goes here."""
     domains: Annotated[tuple[str, ...], Field(min_length=1)]
     """Domain cards: files, globs or folders of cards."""
     teacher: Teacher
+    """The model to learn from."""
     student: Student
+    """The model to train."""
     trainer: Trainer
+    """Steps, batches, precision, checkpoints."""
     seed: Seed = 0
     """Seeds the order of the rows and, for `init: config`, the student's parameters."""
     cache_dir: Path = Path(".cache/ddkmix")
     """Packed rows and teacher losses, shared by runs."""
     pack: Pack = Pack()
+    """How documents become rows."""
     mixture: Mixture = Mixture()
+    """How often the weights move, and what happens when a domain is used up."""
     policy: Named = Named(name="ddk")
+    """How losses become mixture weights; see `ddkmix.policies`."""
     loss: tuple[Named, ...] = (
         Named.model_validate({"name": "cross_entropy", "weight": 1.0}),
         Named.model_validate({"name": "forward_kl", "weight": 0.2, "temperature": 1.0}),
     )
-    """Weighted sum of losses; DDK: cross-entropy + 0.2 x KL(teacher || student) at temperature 1."""
+    """Weighted sum of losses; DDK: cross-entropy + 0.2 x KL(teacher || student) at temperature 1
+    (arXiv 2407.16154, Eq. 3). See `ddkmix.losses`."""
     optimizer: Optimizer = Optimizer()
+    """AdamW's settings."""
     schedule: Schedule = Schedule()
+    """The learning rate over the run."""
     loader: Loader = Loader()
+    """How rows are read."""
     storage: Storage = Storage()
+    """How remote shards are read."""
     evaluation: Evaluation = Evaluation()
+    """How much held-out text is measured."""
     tracking: Tracking = Tracking()
+    """Experiment trackers."""
 
     @model_validator(mode="after")
     def _agree(self) -> "RunConfig":
@@ -251,6 +299,12 @@ class RunConfig(Section):
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML config and apply `key=value` overrides.
+
+        load_config(Path("configs/quickstart.yaml"), ["trainer.steps=20", "policy.uniform_mix=0.3"])
+
+    Args:
+        path: the YAML file.
+        overrides: dotted keys with YAML values, applied in order.
 
     Raises:
         ConfigError: the file, a key or a value is wrong; the message names it and the rule.

@@ -3,6 +3,8 @@
 A policy is a frozen dataclass whose fields are its parameters. Its state is JSON-able and holds
 `mixture_weights`; the history of states is the history of weights. No torch, no IO, no logging.
 To add one: write the file, add a line to `POLICIES`. Outside the package: `name: package.module:Class`.
+
+Axis letter: N domains, in the order of `ddkmix.DomainLosses.domains`.
 """
 
 from collections.abc import Mapping
@@ -16,25 +18,48 @@ from ddkmix.errors import ConfigError, NumericsError
 from ddkmix.plugins import build
 from ddkmix.policies.ddk import Ddk
 from ddkmix.policies.static import Static
+from ddkmix.policies.update import exponentiated_update
 from ddkmix.types import DomainLosses
 
+__all__ = [
+    "POLICIES",
+    "Ddk",
+    "PolicyState",
+    "Static",
+    "WeightPolicy",
+    "exponentiated_update",
+]
+
 PolicyState = dict[str, Any]
+"""What a policy remembers between intervals: JSON-able, with `mixture_weights`, a list of N shares that sum
+to 1. Every other key is the policy's own."""
 
 
 @runtime_checkable
 class WeightPolicy(Protocol):
-    """What a policy must offer."""
+    """What a policy must offer: two pure functions."""
 
     def init(self, losses: DomainLosses, natural_weights: Float[np.ndarray, " N"]) -> PolicyState:
-        """The state before the first step, from the losses of the untrained student."""
+        """The state before the first step.
+
+        Args:
+            losses: those of the untrained student, nats per token.
+            natural_weights: shares of the corpus as it is; sum to 1.
+        """
         ...
 
     def update(self, state: PolicyState, losses: DomainLosses) -> PolicyState:
-        """The state for the next interval."""
+        """The state for the next interval.
+
+        Args:
+            state: what `init` or the last `update` gave.
+            losses: those at the end of the last interval, nats per token.
+        """
         ...
 
 
 POLICIES: dict[str, type] = {"ddk": Ddk, "static": Static}
+"""The policies that a config can name; see `Ddk` and `Static`."""
 
 
 def build_policy(spec: Named) -> WeightPolicy:
