@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +30,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(REPO)]  # the package of this tr
 from public_names import SPECIAL, load_modules, public_modules  # noqa: E402
 
 TEMPLATES = Path(__file__).parent / "docs_templates"
+OURS = "ddkmix."
 FRONT = "ddkmix"
 """The page that begins with the README."""
 
@@ -70,7 +71,7 @@ def _documented(modules: Sequence[ModuleType]) -> dict[str, Module]:
     for name, doc in docs.items():
         doc.submodules = [docs[child] for child in sorted(docs) if child.rpartition(".")[0] == name]
         for member in _walk(doc):
-            _tidy(member)
+            _tidy(member, docs)
     return docs
 
 
@@ -81,10 +82,14 @@ def _walk(doc: Any) -> Iterator[Doc[Any]]:
             yield from _walk(member)
 
 
-def _tidy(doc: Doc[Any]) -> None:
-    """Types as a reader writes them; no constructor for a protocol; "required" instead of a default."""
-    if isinstance(doc, Class) and getattr(doc.obj, "_is_protocol", False):
-        doc.members.pop("__init__", None)
+def _tidy(doc: Doc[Any], docs: Mapping[str, Module]) -> None:
+    """Types as a reader writes them, no constructor for a protocol, no default where none is."""
+    if isinstance(doc, Class):
+        if getattr(doc.obj, "_is_protocol", False):
+            doc.members.pop("__init__", None)
+        private = [base for base in doc.inherited_members if base[0].startswith(OURS)]
+        doc.own_members = [*doc.own_members]  # what a private class of ours hands down is the heir's own
+        doc.own_members += [m for base in private if base[0] not in docs for m in doc.inherited_members[base]]
     if isinstance(doc, Variable):
         doc.annotation = _readable(doc.annotation)
         if doc.default_value is PydanticUndefined:

@@ -13,6 +13,7 @@ import ast
 import importlib
 import inspect
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -72,7 +73,9 @@ def load_modules(names: Sequence[str]) -> tuple[list[ModuleType], dict[str, str]
     modules, missing = [], {}
     for name in names:
         try:
-            modules.append(importlib.import_module(name))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what frameworks warn of when imported is theirs
+                modules.append(importlib.import_module(name))
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
             if package in ("", "ddkmix"):

@@ -59,7 +59,7 @@ class Ddk:
     signal: Literal["perplexity_ratio", "loss_gap"] = "perplexity_ratio"
     """`perplexity_ratio` as published, or its logarithm, the gap in nats per token."""
     signal_cap: Annotated[float, Field(gt=0)] | None = None
-    """Signals above this count as this, in the unit of `signal`; unset as published."""
+    """Signals above this (a ratio, or nats per token) count as this; unset as published."""
     first_interval: Literal["random", "eq1"] = "random"
     """`random`: rows of the first interval are drawn from the corpus as it is (Algorithm 1, line 2).
     `eq1`: the first interval already follows Eq. 1."""

@@ -14,6 +14,21 @@ class Static:
     """Uniform, natural or given weights, w_{t+1} = w_t.
 
     Uniform is the "equal sampling" that DDK is held against (arXiv 2407.16154, Table 5).
+
+    >>> import numpy as np
+    >>> from ddkmix import DomainLosses
+    >>> from ddkmix.policies import Static
+    >>> losses = DomainLosses(
+    ...     domains=("code", "prose"),
+    ...     student_loss=np.array([3.0, 2.5]),
+    ...     teacher_loss=np.array([1.0, 2.0]),
+    ...     student_error=np.array([0.02, 0.02]),
+    ...     gap_error=np.array([0.01, 0.01]),
+    ...     num_tokens=np.array([1000, 1000]),
+    ...     num_bytes=np.array([4000, 5000]),
+    ... )
+    >>> Static(weights={"code": 3.0, "prose": 1.0}).init(losses, natural_weights=np.array([0.2, 0.8]))
+    {'mixture_weights': [0.75, 0.25]}
     """
 
     weights: Literal["uniform", "natural"] | dict[str, float] = "uniform"
