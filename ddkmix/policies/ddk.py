@@ -36,14 +36,8 @@ class Ddk:
     >>> import numpy as np
     >>> from ddkmix import DomainLosses
     >>> from ddkmix.policies import Ddk
-    >>> losses = DomainLosses(
-    ...     domains=("code", "prose"),
-    ...     student_loss=np.array([2.0 + np.log(3.0), 2.0]),
-    ...     teacher_loss=np.array([2.0, 2.0]),
-    ...     student_error=np.array([0.02, 0.02]),
-    ...     gap_error=np.array([0.01, 0.01]),
-    ...     num_tokens=np.array([1000, 1000]),
-    ...     num_bytes=np.array([4000, 4000]),
+    >>> losses = DomainLosses.from_means(
+    ...     {"code": 2.0 + np.log(3.0), "prose": 2.0}, {"code": 2.0, "prose": 2.0}
     ... )
     >>> policy = Ddk(signal="loss_gap")
     >>> state = policy.init(losses, natural_weights=np.array([0.2, 0.8]))

@@ -18,15 +18,7 @@ class Static:
     >>> import numpy as np
     >>> from ddkmix import DomainLosses
     >>> from ddkmix.policies import Static
-    >>> losses = DomainLosses(
-    ...     domains=("code", "prose"),
-    ...     student_loss=np.array([3.0, 2.5]),
-    ...     teacher_loss=np.array([1.0, 2.0]),
-    ...     student_error=np.array([0.02, 0.02]),
-    ...     gap_error=np.array([0.01, 0.01]),
-    ...     num_tokens=np.array([1000, 1000]),
-    ...     num_bytes=np.array([4000, 5000]),
-    ... )
+    >>> losses = DomainLosses.from_means({"code": 3.0, "prose": 2.5})
     >>> Static(weights={"code": 3.0, "prose": 1.0}).init(losses, natural_weights=np.array([0.2, 0.8]))
     {'mixture_weights': [0.75, 0.25]}
     """

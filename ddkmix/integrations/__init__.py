@@ -1,0 +1,1 @@
+"""Adapters to other people's loops, one file for each framework; importing one needs its framework."""
