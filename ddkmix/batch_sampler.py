@@ -60,6 +60,7 @@ class MixtureBatchSampler(PlannedMixture[OwnRows]):
         ConfigError: an argument is wrong, or a step cannot be dealt into equal micro-batches.
         DataError: a domain has no items.
 
+    >>> from ddkmix import MixtureBatchSampler
     >>> sampler = MixtureBatchSampler({"code": range(6), "math": range(6, 10)}, batch_rows=4, steps=2)
     >>> len(list(sampler)), sampler.served
     (2, {'code': 5, 'math': 3})
@@ -85,7 +86,10 @@ class MixtureBatchSampler(PlannedMixture[OwnRows]):
         stream = describe_stream(rows, batch_rows=batch_rows, seed=seed, max_epochs=max_epochs, on_cap=on_cap)
         super().__init__(stream, weights, rank, world_size)
         self.check_parts(microbatches)
-        self.microbatches, self.steps = microbatches, steps
+        self.microbatches: int = microbatches
+        """Batches for each step and rank."""
+        self.steps: int | None = steps
+        """Optimizer steps of the whole run."""
         self._sent: deque[_Sent] = deque()
         self._received: PlannerState | None = None
         """After the last step of which the loop of `follow` has received a micro-batch."""
@@ -207,6 +211,7 @@ def domain_indices(labels: Sequence[str]) -> dict[str, Int[np.ndarray, " n"]]:
     Args:
         labels: one domain name per item.
 
+    >>> from ddkmix import domain_indices
     >>> {name: items.tolist() for name, items in domain_indices(["code", "math", "code"]).items()}
     {'code': [0, 2], 'math': [1]}
     """

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ddkmix.config import Storage, Teacher
@@ -68,7 +68,7 @@ class GapEvaluator:
         reference: Mapping[str, float] | None = None,
         rows: int = 500,
         batch_rows: int = 8,
-        logits: Callable[[nn.Module, Tensor], Tensor] | None = None,
+        logits: Callable[[nn.Module, Int[Tensor, "B T"]], Float[Tensor, "B T V"]] | None = None,
         teacher_dtype: str = "float32",
         cache_dir: Path | str = ".cache/ddkmix",
         storage: Storage | None = None,
@@ -84,7 +84,8 @@ class GapEvaluator:
                 f"rows = {rows}, batch_rows = {batch_rows}, held_out of {sorted(held_out)}; the numbers must "
                 "be at least 1, and there must be a domain."
             )
-        self.domains = tuple(sorted(held_out))
+        self.domains: tuple[str, ...] = tuple(sorted(held_out))
+        """Names of the domains, sorted."""
         self._held_out: dict[str, HeldOutRows] = {
             name: _select(name, held_out[name], rows) for name in self.domains
         }
@@ -112,7 +113,7 @@ class GapEvaluator:
         Args:
             cards: card files, globs or folders.
             tokenizer: local folder or Hub id.
-            seq_len, separator, strategy, processes: as in the section `pack` of a config.
+            seq_len, separator, strategy, processes: as in `ddkmix.config.Pack`: tokens in a row, and so on.
             cache_dir: where packed rows and the teacher's sums are kept.
             storage: how remote shards are read.
             options: other arguments of the constructor.

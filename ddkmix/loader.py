@@ -59,6 +59,8 @@ class DomainMixture(PlannedMixture[Any]):
     into `domains`, with b = batch_rows / world_size. The stream ends when no domain may serve another row.
     Nothing is read before the first batch is asked for.
 
+    Axis letters: b rows of this rank, T tokens in a row, N domains.
+
     Args:
         rows: packed train rows of each domain, all of one `seq_len`.
         batch_rows: rows in the global batch of one optimizer step.
@@ -72,11 +74,11 @@ class DomainMixture(PlannedMixture[Any]):
         max_epochs: passes allowed over any domain; a card's own limit wins where it is smaller.
         on_cap: "renormalize", "stop" or "error" at that limit.
         count: what a weight is a share of: rows, or tokens without padding.
-        block_rows: see `order`.
+        block_rows: rows are permuted inside blocks of this many.
         max_substitutes: damaged rows that other rows of their domain may stand in for.
         storage: how remote shards are read; the defaults of a config when None.
         document_boundaries: batches hold `position_ids` (b, T) that restart at every document, from which
-            models of transformers keep documents apart (`segments`).
+            models of transformers keep documents apart.
         collate_fn: makes a batch of a list of items, of your own datasets only.
 
     Raises:
@@ -147,8 +149,8 @@ class DomainMixture(PlannedMixture[Any]):
         Args:
             cards: card files, globs or folders.
             tokenizer: local folder or Hub id.
-            seq_len, separator, strategy, processes: as in the section `pack` of a config.
-            batch_rows: rows in the global batch.
+            seq_len, separator, strategy, processes: as in `ddkmix.config.Pack`: tokens in a row, and so on.
+            batch_rows: rows in the global batch of one optimizer step.
             cache_dir: where packed rows are kept.
             options: other arguments of the constructor.
 
@@ -182,6 +184,23 @@ class DomainMixture(PlannedMixture[Any]):
         Batches are what `collate_fn` makes of the items of a micro-batch; None is torch's `default_collate`.
         A saved state is of the same data when lengths and a few items are the same.
 
+        >>> from ddkmix import DomainMixture
+        >>> mixture = DomainMixture.from_datasets(
+        ...     {"code": ["a", "b", "c"], "prose": ["x", "y", "z"]},
+        ...     batch_rows=4,
+        ...     weights={"code": 0.75, "prose": 0.25},
+        ...     collate_fn=list,
+        ... )
+        >>> batch = next(mixture)
+        >>> [len({"a", "b", "c"} & set(batch)), len({"x", "y", "z"} & set(batch))]
+        [3, 1]
+        >>> mixture.set_weights({"code": 0.0, "prose": 1.0})
+        >>> batch = next(mixture)
+        >>> mixture.served
+        {'code': 3, 'prose': 5}
+        >>> mixture.state.step
+        2
+
         Args:
             datasets: one map-style dataset per domain: lists, `datasets.Dataset`, torch datasets.
             batch_rows: items in the global batch of one optimizer step.
@@ -204,7 +223,17 @@ class DomainMixture(PlannedMixture[Any]):
         domain_ids: bool = False,
         device: Any = None,
     ) -> StepLoader:
-        """Batches for a loop that is not ours: see `step_loader.StepLoader`."""
+        """Batches for a loop that is not ours: see `ddkmix.StepLoader`.
+
+        Args:
+            steps: optimizer steps of the whole run; None goes on until the domains are used up.
+            microbatches: batches for each step (gradient accumulation).
+            domain_ids: add `domain_ids` (b,) int64 to every batch that is a dict.
+            device: where tensors are moved; None leaves them on the CPU.
+
+        Raises:
+            ConfigError: `steps` or `microbatches` is wrong.
+        """
         return StepLoader(self, steps=steps, microbatches=microbatches, domain_ids=domain_ids, device=device)
 
     def close(self) -> None:

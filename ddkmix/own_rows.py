@@ -15,6 +15,8 @@ from jaxtyping import Int
 from ddkmix.errors import ConfigError, DataError
 from ddkmix.fingerprint import hash_json
 
+__all__ = ["MapDataset"]
+
 _LOOKED_AT = 8
 """Items whose content tells one dataset from another."""
 
@@ -28,7 +30,11 @@ class MapDataset(Protocol):
         ...
 
     def __getitem__(self, i: Any, /) -> Any:
-        """Item i."""
+        """Item i.
+
+        Args:
+            i: its number, from 0.
+        """
         ...
 
 

@@ -38,9 +38,10 @@ class PlannedMixture(Generic[R]):
         if (rank is None) != (world_size is None):
             raise ConfigError(f"rank = {rank}, world_size = {world_size}; give both or neither.")
         self._ranks = None if rank is None or world_size is None else (rank, world_size)
-        self.stream = stream
+        self.stream: Stream[R] = stream
         """Rows, order and settings."""
-        self.domains = stream.settings.domains
+        self.domains: tuple[str, ...] = stream.settings.domains
+        """Names of the domains, sorted; `domain_ids` are places in it."""
         check_ranks(self.settings.batch_rows, *(self._ranks or current_rank()))
         vector = self.natural_weights
         if weights is not None:
@@ -91,8 +92,8 @@ class PlannedMixture(Generic[R]):
         """Change the mixture weights; the next batch follows them.
 
         Args:
-            weights: one number per domain, normalised here; or the integers of `planner.quantise`, which
-                ranks exchange because they are exact.
+            weights: one number per domain, normalised here; or the integers of `ddkmix.planner.quantise`,
+                which ranks exchange because they are exact.
 
         Raises:
             ConfigError: they are not a distribution over the domains.
@@ -139,7 +140,11 @@ class PlannedMixture(Generic[R]):
         return changes
 
     def row_names(self, plan: StepPlan) -> list[str]:
-        """The names of a plan's rows (`code/train-000003.tar#17`), all ranks, in slot order."""
+        """The names of a plan's rows (`code/train-000003.tar#17`), all ranks, in slot order.
+
+        Args:
+            plan: of any step of this mixture, for example `last_plan`.
+        """
         return self.stream.row_names(plan)
 
     @property

@@ -18,6 +18,8 @@ from ddkmix.policies import PolicyState, WeightPolicy, next_state, policy_of, we
 from ddkmix.ranks import everyones, from_main
 from ddkmix.types import DomainLosses
 
+__all__ = ["MeasuresModels", "Reweighter"]
+
 STATE_FORMAT = 1
 
 
@@ -26,7 +28,11 @@ class MeasuresModels(Protocol):
     """What a `Reweighter` wants of an evaluator; `GapEvaluator` is one."""
 
     def measure(self, model: Any, /) -> DomainLosses:
-        """Held-out losses of every domain."""
+        """Held-out losses of every domain, nats per token.
+
+        Args:
+            model: the student as it is now.
+        """
         ...
 
 
@@ -67,11 +73,12 @@ class Reweighter:
                 f"the evaluator measures {list(measured)} and the mixture has {list(mixture.domains)}; they "
                 "must be of the same domains."
             )
-        self.mixture = mixture
+        self.mixture: PlannedMixture[Any] = mixture
         """What it sets the weights of."""
-        self.policy = policy_of(policy)
+        self.policy: WeightPolicy = policy_of(policy)
         """What it asks."""
-        self.interval_steps = interval_steps
+        self.interval_steps: int = interval_steps
+        """Optimizer steps between two measurements."""
         self.losses: DomainLosses | None = None
         """The last measurement in this process."""
         self._evaluator, self._on_losses = evaluator, on_losses

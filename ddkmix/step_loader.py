@@ -21,6 +21,14 @@ class StepLoader:
     of the run; one that was left in the middle of a step is taken up there. No step is taken before it is
     asked for, so what the loop has received is what the mixture's state says.
 
+    >>> from ddkmix import DomainMixture
+    >>> mixture = DomainMixture.from_datasets({"code": [1, 2], "math": [3]}, batch_rows=4, collate_fn=list)
+    >>> loader = mixture.loader(steps=3, microbatches=2)
+    >>> len(loader), [len(batch) for batch in loader]
+    (6, [2, 2, 2, 2, 2, 2])
+    >>> mixture.state.step
+    3
+
     Args:
         mixture: a `DomainMixture`.
         steps: optimizer steps of the whole run; None goes on until the domains are used up.
@@ -43,9 +51,12 @@ class StepLoader:
     ) -> None:
         if microbatches < 1 or (steps is not None and steps < 1):
             raise ConfigError(f"steps = {steps}, microbatches = {microbatches}; both must be at least 1.")
-        self.mixture = mixture
+        self.mixture: Any = mixture
         """The `DomainMixture`."""
-        self.steps, self.microbatches = steps, microbatches
+        self.steps: int | None = steps
+        """Optimizer steps of the whole run."""
+        self.microbatches: int = microbatches
+        """Batches for each step."""
         self._domain_ids, self._device = domain_ids, device
         self._rest: deque[Any] = deque()
         """Micro-batches of the present step that nobody has received."""
@@ -84,6 +95,9 @@ class StepLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state.
+
+        Args:
+            state: what `state_dict` gave.
 
         Raises:
             DataError: it is of other data or settings.

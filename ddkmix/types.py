@@ -57,12 +57,13 @@ class DomainLosses:
 
         Args:
             student_loss: mean cross-entropy of the student by domain, nats per token.
-            reference: the same of the teacher, or of whatever the student should reach; 0 when None, so that
-                the gap is the loss itself.
+            reference: the same of the teacher, or of whatever the student should reach, nats per token; 0
+                when None, so that the gap is the loss itself.
 
         Raises:
             ConfigError: the two are not of the same domains, or there are none.
 
+        >>> from ddkmix import DomainLosses
         >>> DomainLosses.from_means({"math": 3.0, "code": 2.5}, {"code": 2.0, "math": 1.0}).loss_gap.tolist()
         [0.5, 2.0]
         """

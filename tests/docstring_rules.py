@@ -5,6 +5,7 @@ They read sources (tools/public_names.py), so a rule can be shown to fail on a f
 
 import ast
 import builtins
+import importlib
 import re
 import sys
 from collections.abc import Iterator
@@ -104,12 +105,10 @@ def annotations(name: Name) -> Iterator[tuple[str, ast.expr]]:
 
 def shapeless(name: Name) -> list[str]:
     """Arrays and tensors outside of a jaxtyping annotation."""
-    return [
-        f"{name.path}: {where}" for where, type_ in annotations(name) if any(_bare_arrays(_parsed(type_)))
-    ]
+    return [f"{name.path}: {where}" for where, type_ in annotations(name) if any(_bare_arrays(parsed(type_)))]
 
 
-def _parsed(type_: ast.expr) -> ast.expr:
+def parsed(type_: ast.expr) -> ast.expr:
     """Types may be written as strings."""
     text = type_.value if isinstance(type_, ast.Constant) else None
     return ast.parse(text, mode="eval").body if isinstance(text, str) else type_
@@ -155,10 +154,16 @@ def private_names(name: Name) -> list[str]:
         ours = any((REPO / "ddkmix" / path).exists() for path in (f"{module}.py", f"{module}/__init__.py"))
         section = RunConfig.model_fields.get(module)
         is_key = section is not None and rest[1:] in getattr(section.annotation, "model_fields", {})
-        public = any(f"ddkmix.{module}{rest}".startswith(known) for known in public_modules()[1:])
-        if ours and rest and not is_key and not public:
+        if ours and rest and not is_key and not _is_public(f"ddkmix.{module}{rest}"):
             found.append(f"{name.path}: {module}{rest}")
     return found
+
+
+def _is_public(path: str) -> bool:
+    """Whether a dotted name is a public module or in the `__all__` of one."""
+    module = max((m for m in public_modules() if f"{path}.".startswith(f"{m}.")), key=len)
+    first = path.removeprefix(module).lstrip(".").partition(".")[0]
+    return not first or first in importlib.import_module(module).__all__
 
 
 def _raised(function: ast.FunctionDef) -> Iterator[ast.Call]:
@@ -186,7 +191,7 @@ def _numbers(name: Name) -> Iterator[tuple[str, str, str]]:
     """(parameter, what is said of it, type) of the numbers; a field or property has no parameter."""
     said = entries(sections(name.doc).get("Args", ""))
     for parameter, type_ in annotations(name):
-        if not any(_last(part) in NUMBERS for part in ast.walk(_parsed(type_))):
+        if not any(_last(part) in NUMBERS for part in ast.walk(parsed(type_))):
             continue
         if name.kind in ("field", "property"):
             yield "", name.doc, ast.unparse(type_)

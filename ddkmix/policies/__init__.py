@@ -99,7 +99,7 @@ def reweight(
     """One update of a policy as a plain function: losses in, mixture weights out.
 
     Args:
-        policy: see `policy_of`.
+        policy: `"ddk"`, `{"name": "ddk", "signal": "loss_gap"}`, or an object with `init` and `update`.
         losses: held-out losses of every domain, nats per token.
         state: what the last call returned; None the first time.
         natural_weights: shares of the domains in the corpus, for policies that start from them; uniform when
@@ -112,6 +112,7 @@ def reweight(
         ConfigError: the policy or its weights are wrong.
         NumericsError: a loss is not finite.
 
+    >>> from ddkmix import DomainLosses, reweight
     >>> losses = DomainLosses.from_means({"code": 3.0, "math": 2.0}, {"code": 1.0, "math": 1.0})
     >>> weights, state = reweight({"name": "ddk", "signal": "loss_gap"}, losses)
     >>> weights  # DDK's first interval follows the corpus
