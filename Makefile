@@ -30,6 +30,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/user_program.py
 
 # The site of the public names, site/index.html.
 docs: install

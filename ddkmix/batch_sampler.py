@@ -68,7 +68,7 @@ class MixtureBatchSampler(PlannedMixture[OwnRows]):
 
     def __init__(
         self,
-        indices: Mapping[str, Sequence[int]],
+        indices: Mapping[str, Sequence[int]] | Mapping[str, Int[np.ndarray, " _"]],
         *,
         batch_rows: int,
         microbatches: int = 1,
@@ -219,7 +219,7 @@ def domain_indices(labels: Sequence[str]) -> dict[str, Int[np.ndarray, " n"]]:
     return {str(name): np.flatnonzero(column == name) for name in np.unique(column)}
 
 
-def _rows_of(name: str, items: Sequence[int]) -> OwnRows:
+def _rows_of(name: str, items: Sequence[int] | Int[np.ndarray, " n"]) -> OwnRows:
     numbers = np.asarray(items, dtype=np.int64)
     if numbers.ndim != 1 or (numbers < 0).any():
         raise ConfigError(f"indices[{name!r}] must be a list of item numbers >= 0.")

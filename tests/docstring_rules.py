@@ -149,12 +149,19 @@ def unknown_errors(name: Name) -> list[str]:
 
 def private_names(name: Name) -> list[str]:
     """Names of our private modules, which a reader of the documentation cannot look up."""
-    found = []
+    function, found = function_of(name), []
+    arguments = {arg.arg for arg in parameters(function)} if function else set()
     for module, rest in re.findall(r"`(?:ddkmix\.)?([a-z_]+)((?:\.\w+)*)`", name.doc):
         ours = any((REPO / "ddkmix" / path).exists() for path in (f"{module}.py", f"{module}/__init__.py"))
         section = RunConfig.model_fields.get(module)
         is_key = section is not None and rest[1:] in getattr(section.annotation, "model_fields", {})
-        if ours and rest and not is_key and not _is_public(f"ddkmix.{module}{rest}"):
+        if (
+            ours
+            and rest
+            and not is_key
+            and module not in arguments
+            and not _is_public(f"ddkmix.{module}{rest}")
+        ):
             found.append(f"{name.path}: {module}{rest}")
     return found
 

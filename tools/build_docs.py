@@ -68,10 +68,11 @@ def _documented(modules: Sequence[ModuleType]) -> dict[str, Module]:
         for name in module.__all__:  # names that are loaded when first used
             setattr(module, name, getattr(module, name))
     docs = {module.__name__: Module(module) for module in modules}
+    homes = _homes(modules)
     for name, doc in docs.items():
         doc.submodules = [docs[child] for child in sorted(docs) if child.rpartition(".")[0] == name]
         for member in _walk(doc):
-            _tidy(member, docs)
+            _tidy(member, docs, homes)
     return docs
 
 
@@ -82,7 +83,7 @@ def _walk(doc: Any) -> Iterator[Doc[Any]]:
             yield from _walk(member)
 
 
-def _tidy(doc: Doc[Any], docs: Mapping[str, Module]) -> None:
+def _tidy(doc: Doc[Any], docs: Mapping[str, Module], homes: Mapping[str, str]) -> None:
     """Types as a reader writes them, no constructor for a protocol, no default where none is."""
     if isinstance(doc, Class):
         if getattr(doc.obj, "_is_protocol", False):
@@ -91,12 +92,14 @@ def _tidy(doc: Doc[Any], docs: Mapping[str, Module]) -> None:
         doc.own_members = [*doc.own_members]  # what a private class of ours hands down is the heir's own
         doc.own_members += [m for base in private if base[0] not in docs for m in doc.inherited_members[base]]
     if isinstance(doc, Variable):
-        doc.annotation = _readable(doc.annotation)
+        doc.annotation = _readable(doc.annotation, homes)
         if doc.default_value is PydanticUndefined:
             doc.default_value = empty
+        elif doc.default_value is not empty:
+            doc.default_value = _Text(_public(repr(doc.default_value), homes))
     if isinstance(doc, Function):
         for parameter in doc.signature.parameters.values():
-            parameter._annotation = _readable(parameter.annotation)  # type: ignore[attr-defined]
+            parameter._annotation = _readable(parameter.annotation, homes)  # type: ignore[attr-defined]
 
 
 class _Text:
@@ -116,8 +119,23 @@ _BOUND = re.compile(r"(?:Ge\(ge|Gt\(gt|Le\(le|Lt\(lt|MinLen\(min_length)=([^)]*)
 _SIGN = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<", "Mi": "of length >="}
 
 
-def _readable(annotation: Any) -> Any:
-    """`Annotated[int, Field(ge=1)]` as `int >= 1`; anything else as it is."""
+def _homes(modules: Sequence[ModuleType]) -> dict[str, str]:
+    """Where a class is defined -> where it is public: `ddkmix.sections.Pack` -> `ddkmix.config.Pack`."""
+    homes: dict[str, str] = {}
+    for module in modules:
+        for name in module.__all__:
+            value = getattr(module, name)
+            if inspect.isclass(value):
+                homes.setdefault(f"{value.__module__}.{name}", f"{module.__name__}.{name}")
+    return homes
+
+
+def _public(text: str, homes: Mapping[str, str]) -> str:
+    return re.sub(r"\bddkmix[\w.]*", lambda match: homes.get(match[0], match[0]), text)
+
+
+def _readable(annotation: Any, homes: Mapping[str, str]) -> Any:
+    """`Annotated[int, Field(ge=1)]` as `int >= 1`, classes by their public names."""
     if annotation is empty:
         return annotation
     text = inspect.formatannotation(annotation)
@@ -126,7 +144,7 @@ def _readable(annotation: Any) -> Any:
         bounds = [f"{_SIGN[found[0][:2]]} {found[1]}" for found in _BOUND.finditer(match[2])]
         return " ".join([match[1], ", ".join(bounds)]) if bounds else match[1]
 
-    short = _BOUNDED.sub(shown, text)
+    short = _public(_BOUNDED.sub(shown, text), homes)
     return annotation if short == text else _Text(short)
 
 
