@@ -21,7 +21,17 @@ from ddkmix.types import simplex_vector
 
 
 class PlannedMixture(Generic[R]):
-    """What is common to everything that serves rows by mixture weights."""
+    """What is common to everything that serves rows by mixture weights.
+
+    Args:
+        stream: rows, order and settings.
+        weights: mixture weights by domain, normalised here; natural ones when None.
+        rank: this process, from 0; when None, that of torch.distributed or of the environment.
+        world_size: processes that batches are dealt to. None with `rank`.
+
+    Raises:
+        ConfigError: weights or ranks are wrong.
+    """
 
     def __init__(
         self,
@@ -30,11 +40,6 @@ class PlannedMixture(Generic[R]):
         rank: int | None,
         world_size: int | None,
     ) -> None:
-        """See `loader.DomainMixture`.
-
-        Raises:
-            ConfigError: weights or ranks are wrong.
-        """
         if (rank is None) != (world_size is None):
             raise ConfigError(f"rank = {rank}, world_size = {world_size}; give both or neither.")
         self._ranks = None if rank is None or world_size is None else (rank, world_size)

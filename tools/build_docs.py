@@ -88,6 +88,8 @@ def _tidy(doc: Doc[Any], docs: Mapping[str, Module], homes: Mapping[str, str]) -
     if isinstance(doc, Class):
         if getattr(doc.obj, "_is_protocol", False):
             doc.members.pop("__init__", None)
+        known = [(homes.get(f"{base[0]}.{base[1]}"), base) for base in doc.bases]
+        doc.bases = [(*path.rsplit(".", 1), path) if path else base for path, base in known]
         private = [base for base in doc.inherited_members if base[0].startswith(OURS)]
         doc.own_members = [*doc.own_members]  # what a private class of ours hands down is the heir's own
         doc.own_members += [m for base in private if base[0] not in docs for m in doc.inherited_members[base]]
@@ -138,14 +140,15 @@ def _readable(annotation: Any, homes: Mapping[str, str]) -> Any:
     """`Annotated[int, Field(ge=1)]` as `int >= 1`, classes by their public names."""
     if annotation is empty:
         return annotation
-    text = inspect.formatannotation(annotation)
+    text = inspect.formatannotation(annotation).replace("~", "")  # type variables
+    text = re.sub(r"\*<class '([\w.]+)'>", r"Unpack[\1]", text)
 
     def shown(match: re.Match[str]) -> str:
         bounds = [f"{_SIGN[found[0][:2]]} {found[1]}" for found in _BOUND.finditer(match[2])]
         return " ".join([match[1], ", ".join(bounds)]) if bounds else match[1]
 
     short = _public(_BOUNDED.sub(shown, text), homes)
-    return annotation if short == text else _Text(short)
+    return annotation if short == inspect.formatannotation(annotation) else _Text(short)
 
 
 def to_html(markdown: str) -> str:

@@ -118,7 +118,11 @@ def test_the_site_stands_alone(site: Path, pages: dict[Path, Page]) -> None:
 def test_types_are_written_as_a_reader_writes_them(site: Path) -> None:
     """Bounds instead of pydantic's objects, no addresses of this process, no default where none is."""
     text = "".join(path.read_text() for path in site.rglob("*.html"))
-    assert not re.findall(r"FieldInfo|PydanticUndefined|object at 0x|Annotated\[", text)
+    assert not re.findall(
+        r"FieldInfo|PydanticUndefined|object at 0x|Annotated\[|\*&lt;class|ddkmix\.sections", text
+    )
+    mixture = re.sub(r"<[^>]+>", "", (site / "ddkmix.html").read_text())
+    assert "**options: Unpack[ddkmix.loader.MixtureOptions]" in mixture
     config = re.sub(r"<[^>]+>", "", page_of(site, "ddkmix.config").read_text())
     assert "steps: int &gt;= 1\n" in config.replace("    ", "")
 
