@@ -30,7 +30,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(REPO)]  # the package of this tr
 from public_names import SPECIAL, load_modules, public_modules  # noqa: E402
 
 TEMPLATES = Path(__file__).parent / "docs_templates"
-OURS = "ddkmix."
+OURS = "ddkmix"
+"""Modules that begin so are ours."""
 FRONT = "ddkmix"
 """The page that begins with the README."""
 
@@ -77,6 +78,10 @@ def _documented(modules: Sequence[ModuleType]) -> dict[str, Module]:
 
 
 def _walk(doc: Any) -> Iterator[Doc[Any]]:
+    """Members of a module or class, and of classes in it; what frameworks hand down is not ours to show."""
+    if isinstance(doc, Class):
+        ours = {name: member for name, member in doc.members.items() if member.taken_from[0].startswith(OURS)}
+        doc.members = ours
     for member in list(doc.members.values()):
         yield member
         if isinstance(member, Class):

@@ -193,8 +193,20 @@ def test_what_a_private_class_hands_down_is_shown(tmp_path: Path, monkeypatch: p
         'class Base:\n    def stop(self) -> None:\n        """Stop."""\n'
     )
     source = 'from ddkmix_base import Base\n__all__ = ["Heir"]\nclass Heir(Base):\n    """An heir."""\n'
-    monkeypatch.setattr(tool, "OURS", "ddkmix_base")
     assert 'id="Heir.stop"' in build(tmp_path, monkeypatch, source)
+
+
+def test_what_a_framework_hands_down_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods of somebody else's base are not shown, and types in them that cannot be resolved do not matter:
+    transformers' Trainer names optuna, which is not installed."""
+    theirs = 'class Trainer:\n    def fit(self, trial: "optuna.Trial") -> None:\n        """Fit."""\n'
+    (tmp_path / "framework_of_theirs.py").write_text(theirs)
+    source = (
+        'from framework_of_theirs import Trainer\n__all__ = ["Ours"]\nclass Ours(Trainer):\n    """Ours."""\n'
+        '    def stop(self) -> None:\n        """Stop."""\n'
+    )
+    page = build(tmp_path, monkeypatch, source)
+    assert 'id="Ours.stop"' in page and "Ours.fit" not in page
 
 
 def commands(folder: Path) -> Iterator[str]:
