@@ -83,6 +83,18 @@ def test_the_front_page_is_the_readme(site: Path) -> None:
         assert f">{heading}</a>" in text  # in the contents too
 
 
+def test_every_page_can_be_reached(site: Path, pages: dict[Path, Page]) -> None:
+    """From the front page, by links: no page is lost because its package has none."""
+    reached, new = set(), {site / "ddkmix.html"}
+    while new:
+        reached |= new
+        links = {
+            (path.parent / link.partition("#")[0]).resolve() for path in new for link in pages[path].links
+        }
+        new = {path for path in pages if path.resolve() in links} - reached
+    assert set(pages) == reached | {site / "index.html"}
+
+
 def test_every_link_leads_somewhere(site: Path, pages: dict[Path, Page]) -> None:
     """Pages, anchors and the files that the README links to."""
     dead = []
