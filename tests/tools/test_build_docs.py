@@ -133,6 +133,7 @@ def test_types_are_written_as_a_reader_writes_them(site: Path) -> None:
     assert not re.findall(
         r"FieldInfo|PydanticUndefined|object at 0x|Annotated\[|\*&lt;class|ddkmix\.sections", text
     )
+    assert "WeightPolicy.__init__" not in text  # a protocol is not called
     mixture = re.sub(r"<[^>]+>", "", (site / "ddkmix.html").read_text())
     assert "**options: Unpack[ddkmix.loader.MixtureOptions]" in mixture
     config = re.sub(r"<[^>]+>", "", page_of(site, "ddkmix.config").read_text())
