@@ -16,31 +16,38 @@ _LOG = getLogger("ddkmix")
 
 
 class MixtureLoader(EpochLoader):
-    """An `EpochLoader` with what `MixtureCallback` needs: a Trainer hands it to every callback."""
+    """An `EpochLoader` with what `MixtureCallback` needs: a Trainer hands it to every callback.
+
+    Args:
+        mixture: what serves the rows.
+        reweighter: of this mixture.
+        measures: whether it has an evaluator.
+        log: writes one record of metrics.
+        options: other arguments of `EpochLoader`.
+    """
 
     def __init__(
         self,
         mixture: DomainMixture,
         *,
-        reweighter: Reweighter | None,
+        reweighter: Reweighter,
+        measures: bool,
         log: Callable[[dict[str, float]], None],
         **options: Any,
     ) -> None:
         super().__init__(mixture, **options)
-        self.reweighter, self.log = reweighter, log
+        self.reweighter, self._measures, self._log = reweighter, measures, log
 
-    def state_dict(self) -> dict[str, Any]:
-        """What goes into a checkpoint."""
-        if self.reweighter is None:
-            return {"mixture": self.mixture.state_dict()}
-        return self.reweighter.state_dict()
+    def follow(self, model: Any, done: int) -> None:
+        """After `done` optimizer steps: measure and set weights if an interval ends here.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        if self.reweighter is None:
-            self.mixture.load_state_dict(state["mixture"])
-        else:
-            self.reweighter.load_state_dict(state)
+        Raises:
+            RunError: the mixture is elsewhere than the run.
+        """
+        if not self._measures:
+            self.reweighter.check_step(done)
+        elif self.reweighter.step(model, done) is not None:
+            self._log(self.reweighter.metrics())
 
 
 class MixtureCallback(TrainerCallback, ExportableState):
@@ -50,14 +57,13 @@ class MixtureCallback(TrainerCallback, ExportableState):
     it resumes (`restore_callback_states_from_checkpoint`).
     """
 
-    def __init__(self) -> None:
-        self._loader: MixtureLoader | None = None
-        self.saved: dict[str, Any] | None = None
-        """Set by a Trainer that restores callbacks; `on_train_begin` reads the same from its state."""
+    _loader: MixtureLoader
+    saved: dict[str, Any] | None = None
+    """Set by a Trainer that restores callbacks; `on_train_begin` reads the same from the trainer's state."""
 
     def state(self) -> dict[str, Any]:
-        """What a Trainer writes into `trainer_state.json`."""
-        saved = None if self._loader is None else self._loader.state_dict()
+        """What a Trainer writes into `trainer_state.json`; of rank 0, and the same on all."""
+        saved = self._loader.reweighter.state_dict() if hasattr(self, "_loader") else None
         return {"args": {}, "attributes": {"saved": saved}}
 
     def on_train_begin(
@@ -66,32 +72,29 @@ class MixtureCallback(TrainerCallback, ExportableState):
         """Go on from the checkpoint if there is one, and measure if an interval begins here.
 
         Raises:
+            ConfigError: the domains may not serve as many rows as the run wants.
             DataError: the checkpoint is of other data or settings.
             RunError: the checkpoint has no mixture state, or the mixture is elsewhere than the run.
         """
         if not isinstance(train_dataloader, MixtureLoader):
             raise RunError(
                 f"the train dataloader is a {type(train_dataloader).__name__}: something has wrapped the "
-                "mixture and may reshard it or read ahead. Do not pass it to accelerator.prepare."
+                "mixture and may reshard it or read ahead of the loop. Hand on what get_train_dataloader gave."
             )
         self._loader = train_dataloader
         if state.global_step:
-            train_dataloader.load_state_dict(_saved_state(state))
-        self._check_step(state, "begin")
-        _check_rows_left(train_dataloader, state.max_steps)
-        self._follow(state, model)
+            self._loader.reweighter.load_state_dict(_saved_state(state))
+        _check_beginning(self._loader.mixture, state)
+        self._loader.follow(model, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Measure if an interval ends here; the weights are those of the very next step."""
-        self._check_step(state, "end")
-        assert self._loader is not None
         # a Trainer that resumes without skipping counts the epoch from its beginning
         state.epoch = state.global_step / self._loader.steps
-        self._follow(state, model)
+        self._loader.follow(model, state.global_step)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop, with a checkpoint, where the mixture has no rows left; a Trainer would only warn and idle."""
-        assert self._loader is not None
+        """Stop, with a checkpoint, where the mixture has no rows left; a Trainer would idle to the end."""
         if self._loader.ended and state.global_step < state.max_steps:
             _LOG.warning(
                 "the mixture has no more rows after step %d of %d (max_epochs, on_cap); training ends here.",
@@ -103,46 +106,34 @@ class MixtureCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Let the reader processes go."""
-        assert self._loader is not None
         self._loader.mixture.close()
-
-    def _follow(self, state: Any, model: Any) -> None:
-        assert self._loader is not None
-        reweighter = self._loader.reweighter
-        if reweighter is not None and reweighter.step(model, state.global_step) is not None:
-            self._loader.log(reweighter.metrics())
-
-    def _check_step(self, state: Any, when: str) -> None:
-        assert self._loader is not None
-        taken = self._loader.mixture.state.step
-        if taken != state.global_step:
-            raise RunError(
-                f"the mixture has handed out {taken} steps and the trainer is at the {when} of step "
-                f"{state.global_step}: somebody else took rows from it, or train() was called twice. Make a new "
-                "trainer (and mixture), or resume with train(resume_from_checkpoint=True)."
-            )
 
 
 def _saved_state(state: Any) -> dict[str, Any]:
     """The mixture's state in a checkpoint that a Trainer has loaded."""
-    entry = (state.stateful_callbacks or {}).get(MixtureCallback.__name__, {})
+    entry = state.stateful_callbacks.get(MixtureCallback.__name__, {})
     saved = entry.get("attributes", {}).get("saved") if isinstance(entry, Mapping) else None
     if saved is None:
         raise RunError(
-            f"the checkpoint of step {state.global_step} has no mixture state in trainer_state.json; it was "
+            f"the checkpoint of step {state.global_step} has no mixture state in trainer_state.json: it was "
             "written without MixtureTrainer. Start a new run from its model, or resume another checkpoint."
         )
     return dict(saved)
 
 
-def _check_rows_left(loader: EpochLoader, max_steps: int) -> None:
-    """A run that cannot be finished must not begin."""
-    caps, mixture = loader.mixture.settings.cap_rows, loader.mixture
-    wanted = max_steps * mixture.settings.batch_rows
+def _check_beginning(mixture: DomainMixture, state: Any) -> None:
+    """A run that begins wrong, or cannot be finished, must not begin."""
+    if mixture.state.step != state.global_step:
+        raise RunError(
+            f"the mixture has handed out {mixture.state.step} steps and the trainer begins at step "
+            f"{state.global_step}: somebody else took rows from it, or train() was called before. Make a new "
+            "mixture and trainer; train(resume_from_checkpoint=True) then goes on where a run has stopped."
+        )
+    caps, batch_rows = mixture.settings.cap_rows, mixture.settings.batch_rows
     most = sum(cap for cap in caps if cap is not None)
-    if None not in caps and most < wanted:
+    if None not in caps and most < state.max_steps * batch_rows:
         raise ConfigError(
-            f"max_steps = {max_steps} of {mixture.settings.batch_rows} rows are {wanted} rows, and the domains "
-            f"may serve {most} (max_epochs); set max_steps to at most {most // mixture.settings.batch_rows} or "
-            "raise max_epochs."
+            f"{state.max_steps} steps of {batch_rows} rows want {state.max_steps * batch_rows} rows, and the "
+            f"domains may serve {most} (max_epochs); set max_steps to at most {most // batch_rows}, or raise "
+            "max_epochs."
         )

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer
 
 from ddkmix.errors import ConfigError
-from ddkmix.evaluator import GapEvaluator
 from ddkmix.integrations.trainer_callback import MixtureCallback, MixtureLoader
 from ddkmix.integrations.trainer_data import taken_apart
 from ddkmix.integrations.trainer_kinds import TrainerKind, stand_in, trainer_kind
 from ddkmix.loader import DomainMixture
-from ddkmix.reweighting import Reweighter
+from ddkmix.policies import WeightPolicy
+from ddkmix.reweighting import MeasuresModels, Reweighter
 from ddkmix.types import DomainLosses
 
 _PACKING = (
@@ -43,34 +43,31 @@ class MixtureMixin(_Base):
         train_dataset: `{domain: map-style dataset}`, from which a mixture of the trainer's own batch size, seed,
             workers and collator is made; or a `DomainMixture`, whose `batch_rows` must be
             per_device_train_batch_size x gradient_accumulation_steps x processes.
-        evaluator: measures the model at step 0 and every `interval_steps`, and the mixture follows; the weights
-            stay when None.
-        policy: as in `Reweighter`.
-        interval_steps: optimizer steps between measurements.
-        on_losses: as in `Reweighter`.
+        evaluator: a `GapEvaluator`: it measures the model at step 0 and every `interval_steps`, and the weights
+            follow. When None they stay, unless you call `trainer.reweighter.update(losses)` or
+            `trainer.mixture.set_weights(weights)` in a callback of yours.
+        policy, interval_steps, on_losses: as in `Reweighter`.
         mixture_options: other arguments of `DomainMixture.from_datasets` for a dict of datasets, for example
             `{"weights": {...}, "max_epochs": 4}`.
-
-    Attributes:
-        mixture: the `DomainMixture`.
-        reweighter: the `Reweighter`; None without an evaluator.
 
     Raises:
         ConfigError: train_dataset is neither, or an argument chooses rows or batches in another way.
         DataError: a domain has no rows.
     """
 
-    mixture: DomainMixture | None = None
-    reweighter: Reweighter | None = None
+    mixture: DomainMixture
+    """What serves the rows; absent, as the next, from a trainer without train_dataset."""
+    reweighter: Reweighter
+    """What sets the mixture's weights."""
 
     def __init__(
         self,
         *args: Any,
         train_dataset: Any = None,
-        evaluator: GapEvaluator | None = None,
-        policy: Any = "ddk",
+        evaluator: MeasuresModels | None = None,
+        policy: str | Mapping[str, Any] | WeightPolicy = "ddk",
         interval_steps: int = 1000,
-        on_losses: Callable[[int, DomainLosses, dict[str, float]], None] | None = None,
+        on_losses: Callable[[int, DomainLosses, Mapping[str, float]], None] = lambda *_: None,
         mixture_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -83,10 +80,10 @@ class MixtureMixin(_Base):
         self.mixture = self._mixture_of(train_dataset, kind, dict(mixture_options or {}))
         self._check_arguments(self.mixture)
         self.args.ignore_data_skip = True  # rows that were trained on are not read again to be dropped
-        if evaluator is not None:
-            self.reweighter = Reweighter(
-                self.mixture, evaluator, policy=policy, interval_steps=interval_steps, on_losses=on_losses
-            )
+        self.reweighter = Reweighter(
+            self.mixture, evaluator, policy, interval_steps=interval_steps, on_losses=on_losses
+        )
+        self._measures = evaluator is not None
         self.add_callback(MixtureCallback())
 
     def get_train_dataloader(self) -> Any:
@@ -95,8 +92,8 @@ class MixtureMixin(_Base):
         Raises:
             ConfigError: the arguments ask for another number of rows than the mixture has in a step.
         """
-        if self.mixture is None:
-            return super().get_train_dataloader()  # which says that there is no train_dataset
+        if self.train_dataset is None:
+            return super().get_train_dataloader()  # which says so
         self._check_arguments(self.mixture)
         kind = self._kind()
         return MixtureLoader(
@@ -105,6 +102,7 @@ class MixtureMixin(_Base):
             windows=kind.windows,
             attention_mask=kind.prepares and not kind.windows,
             reweighter=self.reweighter,
+            measures=self._measures,
             log=self._log_mixture,
         )
 
