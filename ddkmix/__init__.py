@@ -8,12 +8,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ddkmix.batch_sampler import MixtureBatchSampler, domain_indices
     from ddkmix.config import RunConfig, load_config
     from ddkmix.errors import DdkmixError
+    from ddkmix.gap_evaluator import GapEvaluator
     from ddkmix.loader import DomainMixture
     from ddkmix.losses import LOSSES
-    from ddkmix.policies import POLICIES
+    from ddkmix.policies import POLICIES, WeightPolicy, reweight
+    from ddkmix.reweighting import Reweighter
     from ddkmix.setup import measure_gaps, train
+    from ddkmix.step_loader import StepLoader
     from ddkmix.types import DomainLosses
 
 __version__ = "0.1.0"
@@ -22,11 +26,18 @@ _HOME = {
     "DdkmixError": "ddkmix.errors",
     "DomainLosses": "ddkmix.types",
     "DomainMixture": "ddkmix.loader",
+    "GapEvaluator": "ddkmix.gap_evaluator",
     "LOSSES": "ddkmix.losses",
+    "MixtureBatchSampler": "ddkmix.batch_sampler",
     "POLICIES": "ddkmix.policies",
+    "Reweighter": "ddkmix.reweighting",
     "RunConfig": "ddkmix.config",
+    "StepLoader": "ddkmix.step_loader",
+    "WeightPolicy": "ddkmix.policies",
+    "domain_indices": "ddkmix.batch_sampler",
     "load_config": "ddkmix.config",
     "measure_gaps": "ddkmix.setup",
+    "reweight": "ddkmix.policies",
     "train": "ddkmix.setup",
 }
 
@@ -36,9 +47,16 @@ __all__ = [
     "DdkmixError",
     "DomainLosses",
     "DomainMixture",
+    "GapEvaluator",
+    "MixtureBatchSampler",
+    "Reweighter",
     "RunConfig",
+    "StepLoader",
+    "WeightPolicy",
+    "domain_indices",
     "load_config",
     "measure_gaps",
+    "reweight",
     "train",
 ]
 

@@ -15,7 +15,7 @@ from ddkmix.boundaries import check_isolation, document_positions
 from ddkmix.losses import LossTerm
 from ddkmix.losses.chunked import chunked_objective
 from ddkmix.models import head_of, hidden_states
-from ddkmix.reading import IGNORE
+from ddkmix.sources import IGNORE
 
 
 class DistillationModel(nn.Module):

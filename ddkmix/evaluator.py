@@ -6,11 +6,12 @@ standard error sqrt(R / (R - 1) sum (s_r - m n_r)^2) / sum n (the linearised rat
 the gap pairs student and teacher row by row. The teacher never changes, so its row sums are kept on disk.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,8 +24,8 @@ from ddkmix.errors import DataError
 from ddkmix.fingerprint import hash_json, replacing
 from ddkmix.index import DomainRows
 from ddkmix.order import DomainOrder, locate
-from ddkmix.reading import IGNORE
 from ddkmix.rows import RowReader, byte_reader
+from ddkmix.sources import IGNORE
 from ddkmix.types import DomainLosses
 
 _DIGEST_BYTES = 32
@@ -45,6 +46,67 @@ class HeldOut:
     num_bytes: Int[np.ndarray, " R"]
     """Bytes of text that they cover."""
 
+    @property
+    def domain(self) -> str:
+        """The domain's name."""
+        return self.rows.domain
+
+    @property
+    def key(self) -> object:
+        """What a model's sums of these rows depend on; JSON-able."""
+        return [self.rows.fingerprint, self.places]
+
+    def open(self, storage: Storage | None) -> "OpenRows":
+        """The rows, ready to be read."""
+        reader = RowReader(self.rows, remote=byte_reader(storage))
+
+        def read(chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+            ids = _read(reader, np.array([self.places[i] for i in chosen]))
+            input_ids = torch.from_numpy(ids)
+            valid = torch.from_numpy(self.num_tokens[list(chosen)] + 1)
+            padding = torch.arange(ids.shape[1]) >= valid[:, None]
+            return input_ids, input_ids.masked_fill(padding, IGNORE)
+
+        return OpenRows(read, reader.close)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenRows:
+    """Held-out rows that can be read."""
+
+    read: Callable[[Sequence[int]], tuple[Tensor, Tensor]]
+    """Numbers of rows -> input_ids (B, T), labels (B, T)."""
+    close: Callable[[], None]
+
+
+@runtime_checkable
+class HeldOutRows(Protocol):
+    """What is measured: packed rows (`HeldOut`) or a user's own items (`own_held_out.OwnHeldOut`)."""
+
+    @property
+    def domain(self) -> str:
+        """The domain's name."""
+        ...
+
+    @property
+    def num_tokens(self) -> Int[np.ndarray, " R"]:
+        """Predicted tokens of each row."""
+        ...
+
+    @property
+    def num_bytes(self) -> Int[np.ndarray, " R"]:
+        """Bytes of text that they cover; 0 where unknown."""
+        ...
+
+    @property
+    def key(self) -> object:
+        """What a model's sums of these rows depend on; JSON-able."""
+        ...
+
+    def open(self, storage: Storage | None) -> OpenRows:
+        """The rows, ready to be read."""
+        ...
+
 
 def select_rows(rows: DomainRows, limit: int) -> HeldOut:
     """Up to `limit` held-out rows spread over all shards; the same ones for every run, seed and student.
@@ -54,7 +116,7 @@ def select_rows(rows: DomainRows, limit: int) -> HeldOut:
     """
     order = DomainOrder(
         domain=rows.domain,
-        shard_rows=tuple(shard.num_rows for shard in rows.shards),
+        shard_rows=rows.shard_rows,
         seed=0,
         block_rows=rows.num_rows,
     )
@@ -71,7 +133,7 @@ def select_rows(rows: DomainRows, limit: int) -> HeldOut:
 
 
 def row_nats(
-    held_out: HeldOut,
+    held_out: HeldOutRows,
     token_nats: TokenNats,
     *,
     batch_rows: int,
@@ -80,20 +142,25 @@ def row_nats(
     world_size: int = 1,
     storage: Storage | None = None,
 ) -> Float[Tensor, " R"]:
-    """Cross-entropy summed over each row, float64; rows of other ranks are 0."""
-    reader = RowReader(held_out.rows, remote=byte_reader(storage))
-    sums = torch.zeros(len(held_out.places), dtype=torch.float64)
-    mine = list(range(rank, len(held_out.places), world_size))
-    for start in range(0, len(mine), batch_rows):
+    """Cross-entropy summed over each row, float64; rows of other ranks are 0.
+
+    Every rank calls the model equally often, because wrapped models (FSDP, DDP with buffers) exchange data in
+    their forward pass: a rank without rows of its own goes through the first one for the others' sake.
+    """
+    rows = held_out.open(storage)
+    sums = torch.zeros(len(held_out.num_tokens), dtype=torch.float64)
+    mine = list(range(rank, len(sums), world_size))
+    most = -(-len(sums) // world_size)
+    for start in range(0, most, batch_rows):
         chosen = mine[start : start + batch_rows]
-        ids = _read(reader, np.array([held_out.places[i] for i in chosen]))
-        input_ids = torch.from_numpy(ids)
-        valid = torch.from_numpy(held_out.num_tokens[chosen] + 1)
-        labels = input_ids.masked_fill(torch.arange(ids.shape[1]) >= valid[:, None], IGNORE)
+        input_ids, labels = rows.read(chosen or [0])
         nats = token_nats(input_ids.to(device), labels.to(device)).double().cpu()
-        row_of = predicted(labels).nonzero()[:, 0]
-        sums[torch.tensor(chosen)] = torch.zeros(len(chosen), dtype=torch.float64).index_add(0, row_of, nats)
-    reader.close()
+        if chosen:
+            row_of = predicted(labels).nonzero()[:, 0]
+            sums[torch.tensor(chosen)] = torch.zeros(len(chosen), dtype=torch.float64).index_add(
+                0, row_of, nats
+            )
+    rows.close()
     return sums
 
 
@@ -106,7 +173,7 @@ def _read(reader: RowReader, places: Int[np.ndarray, "B 2"]) -> Int[np.ndarray, 
 
 
 def summarise(
-    held_out: Mapping[str, HeldOut],
+    held_out: Mapping[str, HeldOutRows],
     student: Mapping[str, Float[np.ndarray, " R"]],
     teacher: Mapping[str, Float[np.ndarray, " R"]],
 ) -> DomainLosses:
@@ -145,33 +212,33 @@ class NatsCache:
         """`model` is the fingerprint of everything about the model that changes its losses."""
         self._folder, self._model = folder, model
 
-    def load(self, held_out: HeldOut) -> Float[np.ndarray, " R"] | None:
+    def load(self, held_out: HeldOutRows) -> Float[np.ndarray, " R"] | None:
         """The sums, or None if they are not there or cannot be read."""
         try:
             data = self._path(held_out).read_bytes()
         except OSError:
             return None
         digest, data = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
-        if digest != sha256(data).digest() or len(data) != 8 * len(held_out.places):
+        if digest != sha256(data).digest() or len(data) != 8 * len(held_out.num_tokens):
             return None
         return np.frombuffer(data, dtype="<f8").copy()
 
-    def save(self, held_out: HeldOut, sums: Float[np.ndarray, " R"]) -> None:
+    def save(self, held_out: HeldOutRows, sums: Float[np.ndarray, " R"]) -> None:
         """Keep the sums; atomic."""
         data = sums.astype("<f8").tobytes()
         with replacing(self._path(held_out)) as file:
             file.write(sha256(data).digest() + data)
 
-    def _path(self, held_out: HeldOut) -> Path:
-        key = hash_json([self._model, held_out.rows.fingerprint, held_out.places])
-        return self._folder / f"{held_out.rows.domain}-{key[:16]}.f8"
+    def _path(self, held_out: HeldOutRows) -> Path:
+        key = hash_json([self._model, held_out.key])
+        return self._folder / f"{held_out.domain}-{key[:16]}.f8"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Evaluator:
     """Measures models on the same held-out rows, the rows split over ranks."""
 
-    held_out: Mapping[str, HeldOut]
+    held_out: Mapping[str, HeldOutRows]
     batch_rows: int
     device: torch.device
     rank: int = 0
@@ -197,7 +264,14 @@ class Evaluator:
             result[name] = known
         return result
 
-    def _measure(self, held_out: HeldOut, token_nats: TokenNats) -> Float[np.ndarray, " R"]:
+    def cached(self, cache: NatsCache) -> dict[str, Float[np.ndarray, " R"]] | None:
+        """Row sums of every domain from the cache; None on all ranks if one of them lacks one."""
+        known = {name: cache.load(held_out) for name, held_out in self.held_out.items()}
+        found = {name: sums for name, sums in known.items() if sums is not None}
+        absent = torch.tensor(float(len(found) < len(known)), device=self.device)
+        return None if self.reduce(absent).item() > 0 else found
+
+    def _measure(self, held_out: HeldOutRows, token_nats: TokenNats) -> Float[np.ndarray, " R"]:
         sums = row_nats(
             held_out,
             token_nats,

@@ -207,6 +207,15 @@ class DomainRows:
         return len(self.places.offsets)
 
     @property
+    def shard_rows(self) -> tuple[int, ...]:
+        """Rows of each shard."""
+        return tuple(shard.num_rows for shard in self.shards)
+
+    def tokens_at(self, shard: int, row: int) -> int:
+        """Tokens of a row, without padding."""
+        return int(self.shards[shard].num_tokens[row])
+
+    @property
     def num_tokens(self) -> int:
         """Tokens without padding over all shards."""
         return int(self.places.num_tokens.sum())

@@ -24,7 +24,7 @@ _LOOKS_PER_BLOCK = 16
 class ShardPrefetch:
     """Follows a stream with downloads; does nothing for local shards and in `ranged` mode."""
 
-    def __init__(self, stream: Stream, reader: ByteReader) -> None:
+    def __init__(self, stream: Stream[DomainRows], reader: ByteReader) -> None:
         self._stream, self._reader = stream, reader
         self._domains: list[int] | None = None
         self._prefetcher: Prefetcher | None = None

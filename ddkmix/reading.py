@@ -9,39 +9,14 @@ from dataclasses import replace
 from multiprocessing import Value
 from typing import Any
 
-import numpy as np
-from jaxtyping import Int
-
 from ddkmix.errors import ConfigError, DataError
-from ddkmix.row_tasks import Ring, RowBatch, Task, TaskReader
-from ddkmix.segments import document_positions
-from ddkmix.storage.reader import ByteReader
-from ddkmix.stream import Stream
+from ddkmix.item_tasks import ItemBatch
+from ddkmix.row_tasks import Ring, RowBatch, Task
+from ddkmix.sources import RowSource
 
-IGNORE = -100
-"""Label of a position that predicts nothing (transformers' convention)."""
+Batch = RowBatch | ItemBatch
 _DEAD_WORKER = (RuntimeError, EOFError, ConnectionError, FileNotFoundError)
 """What torch and multiprocessing raise in the main process when a worker was killed."""
-
-
-def tensors_of(batch: RowBatch, domain_ids: Int[np.ndarray, " b"]) -> dict[str, Any]:
-    """What a loop receives: `input_ids` and `labels` (b, T) int64, `domain_ids` (b,) int64."""
-    from torch import arange, from_numpy, int64
-
-    assert batch.tokens is not None
-    input_ids = from_numpy(batch.tokens).to(int64)
-    labels, seq_len = input_ids.clone(), input_ids.shape[1]
-    if batch.num_tokens.min(initial=seq_len) < seq_len:
-        labels.masked_fill_(arange(seq_len) >= from_numpy(batch.num_tokens)[:, None], IGNORE)
-    return {"input_ids": input_ids, "labels": labels, "domain_ids": from_numpy(domain_ids)}
-
-
-def position_ids(batch: RowBatch, separator_id: int) -> Any:
-    """Positions (b, T) int64 that restart at every document; see `segments`."""
-    from torch import from_numpy
-
-    assert batch.tokens is not None
-    return from_numpy(document_positions(batch.tokens, separator_id))
 
 
 class ReadAhead:
@@ -49,21 +24,19 @@ class ReadAhead:
 
     def __init__(
         self,
-        stream: Stream,
+        source: RowSource,
         tasks: Callable[[], Iterator[Task]],
-        remote: ByteReader,
         *,
-        batch_rows: int,
+        num_rows: Callable[[], int],
         num_workers: int,
         prefetch_steps: int,
     ) -> None:
         """Read nothing yet.
 
         Args:
-            stream: what the rows are of.
+            source: where the rows come from.
             tasks: called when reading starts; its iterator is advanced whenever there is room ahead.
-            remote: how remote shards are read.
-            batch_rows: rows of each task.
+            num_rows: called when reading starts: rows of each task.
             num_workers: reader processes; 0 reads in this one.
             prefetch_steps: tasks that each of them has under way.
 
@@ -75,10 +48,10 @@ class ReadAhead:
                 f"num_workers = {num_workers}, prefetch_steps = {prefetch_steps}; workers must be >= 0 and "
                 "each must read at least 1 step ahead."
             )
-        self._stream, self._tasks, self._remote, self._batch_rows = stream, tasks, remote, batch_rows
+        self._source, self._tasks, self._num_rows = source, tasks, num_rows
         self._num_workers, self._prefetch_steps = num_workers, prefetch_steps
         self._version = Value("q", 0, lock=False)
-        self._batches: Iterator[RowBatch] | None = None
+        self._batches: Iterator[Batch] | None = None
         self._ring: Ring | None = None
         self._free: list[int] = []
         """Slots of the ring that no task holds."""
@@ -96,7 +69,7 @@ class ReadAhead:
         """Stop the workers and close the files; `receive` starts anew."""
         self._batches = None
 
-    def receive(self) -> RowBatch | None:
+    def receive(self) -> Batch | None:
         """The rows of the next task that is not stale, or None when there are no tasks.
 
         Raises:
@@ -121,18 +94,19 @@ class ReadAhead:
             raise item.error
         return item
 
-    def _next(self) -> RowBatch | None:
+    def _next(self) -> Batch | None:
         if self._batches is None:
             self._batches = self._start()
         for item in self._batches:
             if self._ring is not None:
+                assert isinstance(item, RowBatch)
                 self._free.append(item.slot)  # taken again at the earliest when the loop comes back
                 item = replace(item, tokens=self._ring.slot(item.slot))
             if item.version == self.version:
                 return item
         return None
 
-    def _start(self) -> Iterator[RowBatch]:
+    def _start(self) -> Iterator[Batch]:
         from torch import Generator
         from torch.utils.data import DataLoader
 
@@ -140,10 +114,9 @@ class ReadAhead:
         self._free = list(range(under_way + 1))  # and the one that the loop is looking at
         self._ring = None
         if self._num_workers:
-            shape = (self._batch_rows, self._stream.rows[0].seq_len)
-            self._ring = Ring(len(self._free), shape, self._stream.dtype)
-        loader: DataLoader[RowBatch] = DataLoader(
-            TaskReader(self._stream, self._remote, self._version, self._ring),  # type: ignore[arg-type]  # it has no length
+            self._ring = self._source.ring(len(self._free), self._num_rows())
+        loader: DataLoader[Batch] = DataLoader(
+            self._source.reader(self._version, self._ring),
             batch_size=None,
             sampler=_Iterable(self._placed_tasks),
             num_workers=self._num_workers,

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Int, UInt
 
 from ddkmix.errors import DataError, RowError
+from ddkmix.index import DomainRows
 from ddkmix.order import locate_rows
 from ddkmix.rows import OpenFiles, RowReader
 from ddkmix.storage.reader import ByteReader
@@ -36,6 +37,8 @@ class Task:
     """The j of each row."""
     slot: int = 0
     """Where in the ring a worker leaves the tokens."""
+    parts: int = 1
+    """Micro-batches that the rows are dealt into, where readers make batches of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,12 +120,14 @@ class _Part:
 class TaskReader:
     """A map-style dataset whose keys are tasks; the only code that runs in workers."""
 
-    def __init__(self, stream: Stream, remote: ByteReader, version: Any, ring: Ring | None) -> None:
+    def __init__(
+        self, stream: Stream[DomainRows], remote: ByteReader, version: Any, ring: Ring | None, dtype: str
+    ) -> None:
         files = OpenFiles()
         self._readers = [RowReader(domain, files, remote) for domain in stream.rows]
         self._remote = remote
         self._orders, self._version = stream.orders, version
-        self._ring, self._dtype = ring, stream.dtype
+        self._ring, self._dtype = ring, dtype
 
     def __getitem__(self, task: Task) -> RowBatch:
         if task.version < self._version.value:

@@ -6,13 +6,12 @@ Nothing here depends on who reads the rows: ranks, workers and prefetching are t
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Literal, get_args
+from typing import Generic, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
 from ddkmix.errors import ConfigError, DataError
-from ddkmix.index import DomainRows
 from ddkmix.mixture_state import StreamIdentity
 from ddkmix.order import DomainOrder, locate
 from ddkmix.planner import OnCap, PlanSettings, StepPlan, TokensOf
@@ -21,11 +20,62 @@ Count = Literal["rows", "tokens"]
 """What a mixture weight is a share of."""
 
 
+@runtime_checkable
+class Rows(Protocol):
+    """The train rows of a domain, wherever they are: `index.DomainRows` or `own_rows.OwnRows`."""
+
+    @property
+    def domain(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the rows."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in an epoch."""
+        ...
+
+    @property
+    def shard_rows(self) -> tuple[int, ...]:
+        """Rows of each shard."""
+        ...
+
+    @property
+    def max_epochs(self) -> float | None:
+        """The domain's own limit."""
+        ...
+
+    @property
+    def prior(self) -> float | None:
+        """Its share in the natural mixture."""
+        ...
+
+    @property
+    def seq_len(self) -> int | None:
+        """Tokens of every row; None where rows differ."""
+        ...
+
+    def tokens_at(self, shard: int, row: int) -> int:
+        """Tokens of a row, without padding."""
+        ...
+
+    def name_of(self, shard: int, row: int) -> str:
+        """The name of a row, the same under every mixture."""
+        ...
+
+
+R = TypeVar("R", bound=Rows)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Stream:
+class Stream(Generic[R]):
     """The rows of some domains, their order, and what the planner holds fixed."""
 
-    rows: tuple[DomainRows, ...]
+    rows: tuple[R, ...]
     """Sorted by domain, as everything else here."""
     orders: tuple[DomainOrder, ...]
     settings: PlanSettings
@@ -38,11 +88,6 @@ class Stream:
         return self._row_tokens if self.count == "tokens" else None
 
     @property
-    def dtype(self) -> str:
-        """numpy type that holds the tokens of every domain."""
-        return max((domain.dtype for domain in self.rows), key=lambda dtype: np.dtype(dtype).itemsize)
-
-    @property
     def natural_weights(self) -> Float[np.ndarray, " N"]:
         """Proportional to the cards' priors where all have one, else to the rows available."""
         priors = [domain.prior for domain in self.rows]
@@ -53,7 +98,7 @@ class Stream:
 
     def _row_tokens(self, domain: int, j: int) -> int:
         shard, row = locate(self.orders[domain], j)
-        return int(self.rows[domain].shards[shard].num_tokens[row])
+        return self.rows[domain].tokens_at(shard, row)
 
     def row_names(self, plan: StepPlan) -> list[str]:
         """The names of a plan's rows (`code/train-000003.tar#17`), all ranks, in slot order."""
@@ -62,7 +107,7 @@ class Stream:
 
 
 def describe_stream(
-    rows: Sequence[DomainRows],
+    rows: Sequence[R],
     *,
     batch_rows: int,
     seed: int = 0,
@@ -70,8 +115,8 @@ def describe_stream(
     count: Count = "rows",
     max_epochs: float | None = None,
     on_cap: OnCap = "renormalize",
-) -> Stream:
-    """The stream of some packed rows; the arguments are those of `loader.DomainMixture`.
+) -> Stream[R]:
+    """The stream of some rows; the arguments are those of `loader.DomainMixture`.
 
     Raises:
         ConfigError: an argument is wrong.
@@ -79,14 +124,14 @@ def describe_stream(
     """
     _check_settings(batch_rows, block_rows, count, max_epochs, on_cap)
     _check_rows(rows)
-    rows = tuple(sorted(rows, key=lambda domain: domain.domain))
+    rows = sorted(rows, key=lambda domain: domain.domain)
     caps = tuple(_cap(domain, max_epochs) for domain in rows)
     return Stream(
-        rows=rows,
+        rows=tuple(rows),
         orders=tuple(
             DomainOrder(
                 domain=domain.domain,
-                shard_rows=tuple(shard.num_rows for shard in domain.shards),
+                shard_rows=domain.shard_rows,
                 seed=seed,
                 block_rows=block_rows,
             )
@@ -131,7 +176,7 @@ def _check_settings(
         )
 
 
-def _check_rows(rows: Sequence[DomainRows]) -> None:
+def _check_rows(rows: Sequence[Rows]) -> None:
     names = [domain.domain for domain in rows]
     if len(set(names)) < len(names):
         raise DataError(f"domains {sorted(names)} are not distinct; a row belongs to one domain.")
@@ -143,7 +188,7 @@ def _check_rows(rows: Sequence[DomainRows]) -> None:
         raise DataError(f"domains must have rows of one length; seq_len by domain: {lengths}.")
 
 
-def _cap(rows: DomainRows, max_epochs: float | None) -> int | None:
+def _cap(rows: Rows, max_epochs: float | None) -> int | None:
     limits = [limit for limit in (rows.max_epochs, max_epochs) if limit is not None]
     return int(min(limits) * rows.num_rows) if limits else None
 

@@ -28,7 +28,42 @@ class DomainLosses:
     num_tokens: Int[np.ndarray, " N"]
     """Predicted tokens that the means are over."""
     num_bytes: Int[np.ndarray, " N"]
-    """UTF-8 bytes of text that those tokens cover."""
+    """UTF-8 bytes of text that those tokens cover; 0 where nobody counted them."""
+
+    @classmethod
+    def from_means(
+        cls, student_loss: Mapping[str, float], reference: Mapping[str, float] | None = None
+    ) -> "DomainLosses":
+        """Losses that somebody else has measured, as policies want them.
+
+        Args:
+            student_loss: mean cross-entropy of the student by domain, nats per token.
+            reference: the same of the teacher, or of whatever the student should reach; 0 when None, so that
+                the gap is the loss itself.
+
+        Raises:
+            ConfigError: the two are not of the same domains, or there are none.
+
+        >>> DomainLosses.from_means({"math": 3.0, "code": 2.5}, {"code": 2.0, "math": 1.0}).loss_gap.tolist()
+        [0.5, 2.0]
+        """
+        reference = dict.fromkeys(student_loss, 0.0) if reference is None else reference
+        if set(student_loss) != set(reference) or not student_loss:
+            raise ConfigError(
+                f"losses are of {sorted(student_loss)} and reference losses of {sorted(reference)}; give one "
+                "of each for the same domains."
+            )
+        names = tuple(sorted(student_loss))
+        unknown, zeros = np.full(len(names), np.nan), np.zeros(len(names), dtype=np.int64)
+        return cls(
+            domains=names,
+            student_loss=np.array([float(student_loss[name]) for name in names]),
+            teacher_loss=np.array([float(reference[name]) for name in names]),
+            student_error=unknown,
+            gap_error=unknown.copy(),
+            num_tokens=zeros,
+            num_bytes=zeros.copy(),
+        )
 
     @property
     def loss_gap(self) -> Float[np.ndarray, " N"]:
@@ -43,7 +78,7 @@ class DomainLosses:
 
     @property
     def student_bits_per_byte(self) -> Float[np.ndarray, " N"]:
-        """The student's loss in bits per UTF-8 byte, comparable between tokenizers."""
+        """The student's loss in bits per UTF-8 byte, comparable between tokenizers; nan without bytes."""
         return self._bits_per_byte(self.student_loss)
 
     @property
@@ -52,7 +87,9 @@ class DomainLosses:
         return self._bits_per_byte(self.teacher_loss)
 
     def _bits_per_byte(self, loss: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-        return loss * self.num_tokens / (LN_2 * np.maximum(self.num_bytes, 1))
+        counted = np.where(self.num_bytes > 0, self.num_bytes, np.nan)
+        bits: Float[np.ndarray, " N"] = loss * self.num_tokens / (LN_2 * counted)
+        return bits
 
     def to_json(self) -> dict[str, dict[str, float | None]]:
         """One entry per domain, every number a plain Python one; None (JSON's null) if it is not finite."""

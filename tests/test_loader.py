@@ -609,7 +609,7 @@ def test_a_state_of_other_data_is_refused(rows: Rows, mixture_of: Callable[..., 
             mixture_of().load_state_dict(state)
 
 
-@pytest.mark.parametrize("change", [{"world_size": 2}, {"num_workers": 3}, {"prefetch_steps": 9}])
+@pytest.mark.parametrize("change", [{"rank": 1, "world_size": 2}, {"num_workers": 3}, {"prefetch_steps": 9}])
 def test_a_state_does_not_depend_on_who_reads(
     mixture_of: Callable[..., DomainMixture], change: dict[str, Any]
 ) -> None:
@@ -879,10 +879,14 @@ def test_other_errors_of_workers_are_not_hidden(
 @pytest.mark.parametrize(
     ("expected", "options"),
     [
-        ("batch_rows = 12 rows cannot be dealt evenly to 5 processes; use a positive", {"world_size": 5}),
+        (
+            "batch_rows = 12 rows cannot be dealt evenly to 5 processes; use a positive",
+            {"rank": 0, "world_size": 5},
+        ),
         ("batch_rows = 0 rows cannot be dealt", {"batch_rows": 0}),
         ("rank = 2 of 2 processes", {"rank": 2, "world_size": 2}),
-        ("rank = 0 of 0 processes", {"world_size": 0}),
+        ("rank = 0 of 0 processes", {"rank": 0, "world_size": 0}),
+        ("rank = None, world_size = 2; give both", {"world_size": 2}),
         ("num_workers = -1", {"num_workers": -1}),
         ("prefetch_steps = 0", {"num_workers": 1, "prefetch_steps": 0}),
         ("unknown domains ['web']", {"weights": {**START, "web": 1.0}}),

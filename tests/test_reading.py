@@ -18,8 +18,8 @@ from ddkmix.index import DomainRows
 from ddkmix.loader import DomainMixture
 from ddkmix.order import DomainOrder, locate
 from ddkmix.planner import deal
-from ddkmix.reading import tensors_of
 from ddkmix.row_tasks import RowBatch, Substitution, TaskReader
+from ddkmix.sources import tensors_of
 from tests.hand_made import damage, numbered_rows, write_rows
 
 pytestmark = [
@@ -371,8 +371,8 @@ def test_tensors_by_hand() -> None:
         num_tokens=np.array([2, 3, 0]),
         tokens=np.array([[5, 6, 0], [7, 8, 9], [0, 0, 0]], "<u2"),
     )
-    tensors = tensors_of(batch, np.array([0, 0, 1]))
+    tensors = tensors_of(batch)
     assert [[5, 6, 0], [7, 8, 9], [0, 0, 0]] == tensors["input_ids"].tolist()
     assert [[5, 6, -100], [7, 8, 9], [-100, -100, -100]] == tensors["labels"].tolist()
-    assert [0, 0, 1] == tensors["domain_ids"].tolist()
+    assert {"input_ids", "labels"} == set(tensors)
     assert {torch.int64} == {tensor.dtype for tensor in tensors.values()}

@@ -88,16 +88,6 @@ def test_the_smaller_limit_caps_a_domain() -> None:
     assert (2, 5, 2) == stream_of(rows, max_epochs=0.5).settings.cap_rows
 
 
-def test_one_type_holds_every_token() -> None:
-    """The wider of two; the order of the domains does not matter."""
-    wide = replace(MATH, shards=tuple(replace(shard, dtype="<u4") for shard in MATH.shards))
-    assert ("<u2", "<u4", "<u4") == (
-        stream_of([CODE, MATH]).dtype,
-        stream_of([CODE, wide]).dtype,
-        stream_of([wide, PROSE]).dtype,
-    )
-
-
 # --- what a saved state must agree with -------------------------------------------------------------
 
 

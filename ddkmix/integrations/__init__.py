@@ -1,1 +1,1 @@
-"""The thinnest adapters to other people's loops; each needs its own library and is imported by name."""
+"""Adapters to other people's loops, one file for each framework; importing one needs its framework."""

@@ -16,7 +16,7 @@ from ddkmix.errors import ConfigError, NumericsError
 from ddkmix.plugins import build
 from ddkmix.policies.ddk import Ddk
 from ddkmix.policies.static import Static
-from ddkmix.types import DomainLosses
+from ddkmix.types import DomainLosses, simplex_vector
 
 PolicyState = dict[str, Any]
 
@@ -45,6 +45,61 @@ def build_policy(spec: Named) -> WeightPolicy:
     """
     policy: WeightPolicy = build(spec.model_dump(), POLICIES, where="policy")
     return policy
+
+
+def policy_of(policy: "str | Mapping[str, Any] | WeightPolicy") -> WeightPolicy:
+    """A policy by its name, by name and parameters, or as it is.
+
+    Args:
+        policy: `"ddk"`, `{"name": "ddk", "signal": "loss_gap"}`, or an object with `init` and `update`.
+
+    Raises:
+        ConfigError: the name or a parameter is wrong.
+    """
+    if isinstance(policy, str):
+        policy = {"name": policy}
+    if not isinstance(policy, Mapping):
+        return policy
+    built: WeightPolicy = build(dict(policy), POLICIES, where="policy")
+    return built
+
+
+def reweight(
+    policy: "str | Mapping[str, Any] | WeightPolicy",
+    losses: DomainLosses,
+    state: PolicyState | None = None,
+    natural_weights: Mapping[str, float] | None = None,
+) -> tuple[dict[str, float], PolicyState]:
+    """One update of a policy as a plain function: losses in, mixture weights out.
+
+    Args:
+        policy: see `policy_of`.
+        losses: held-out losses of every domain, nats per token.
+        state: what the last call returned; None the first time.
+        natural_weights: shares of the domains in the corpus, for policies that start from them; uniform when
+            None.
+
+    Returns:
+        Mixture weights by domain, and the JSON-able state for the next call.
+
+    Raises:
+        ConfigError: the policy or its weights are wrong.
+        NumericsError: a loss is not finite.
+
+    >>> losses = DomainLosses.from_means({"code": 3.0, "math": 2.0}, {"code": 1.0, "math": 1.0})
+    >>> weights, state = reweight({"name": "ddk", "signal": "loss_gap"}, losses)
+    >>> weights  # DDK's first interval follows the corpus
+    {'code': 0.5, 'math': 0.5}
+    >>> weights, state = reweight({"name": "ddk", "signal": "loss_gap"}, losses, state)
+    >>> {name: round(weight, 4) for name, weight in weights.items()}
+    {'code': 0.6904, 'math': 0.3096}
+    """
+    if natural_weights is None:
+        vector = np.full(len(losses.domains), 1 / len(losses.domains))
+    else:
+        vector = simplex_vector(natural_weights, losses.domains, where="natural_weights")
+    state = next_state(policy_of(policy), state, losses, vector)
+    return dict(weights_of(state, losses)), state
 
 
 def next_state(

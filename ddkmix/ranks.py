@@ -1,0 +1,67 @@
+"""Which process this is, and how processes agree, in loops that are not ours.
+
+Frameworks start `torch.distributed` in their own way and time, so it is asked when it is needed. Without it,
+`RANK` and `WORLD_SIZE`, which every launcher sets, count; a loop that ignores both is one process.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ddkmix.errors import ConfigError
+
+
+def current_rank() -> tuple[int, int]:
+    """(rank, world size) of this process.
+
+    Raises:
+        ConfigError: RANK and WORLD_SIZE are set and make no sense.
+    """
+    distributed = _distributed()
+    if distributed is not None:
+        return distributed.get_rank(), distributed.get_world_size()
+    rank, world_size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if rank is None or world_size is None:
+        return 0, 1
+    try:
+        found = int(rank), int(world_size)
+    except ValueError:
+        found = -1, 0
+    if not 0 <= found[0] < found[1]:
+        raise ConfigError(f"RANK={rank!r}, WORLD_SIZE={world_size!r} in the environment make no rank.")
+    return found
+
+
+def sum_over_ranks(tensor: Any) -> Any:
+    """The sum of a tensor over all processes; itself when there is one."""
+    distributed = _distributed()
+    if distributed is not None:
+        tensor = tensor.clone()
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def from_main(values: Sequence[int]) -> tuple[int, ...]:
+    """Integers of rank 0, on every process.
+
+    Args:
+        values: this process's own; as many on every one.
+    """
+    return tuple(everyones(values)[0])
+
+
+def everyones(value: Any) -> list[Any]:
+    """A small JSON-able value of every process, by rank, on every process."""
+    distributed = _distributed()
+    if distributed is None:
+        return [value]
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, value)
+    return found
+
+
+def _distributed() -> Any:
+    """torch.distributed where it runs; never imports torch."""
+    module: Any = sys.modules.get("torch.distributed")
+    return module if module is not None and module.is_available() and module.is_initialized() else None

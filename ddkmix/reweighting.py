@@ -1,0 +1,215 @@
+"""Measure, ask the policy, set the weights: the same for every loop that is not ours.
+
+    loop --(model, steps done)--> Reweighter --(losses)--> policy --(weights)--> mixture
+
+A loop calls `step` before its first step and after every optimizer step. Adapters do nothing else, but find
+the places where their framework lets them.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from ddkmix.errors import ConfigError, DataError, RunError
+from ddkmix.planned_mixture import PlannedMixture
+from ddkmix.planner import quantise
+from ddkmix.policies import PolicyState, WeightPolicy, next_state, policy_of, weights_of
+from ddkmix.ranks import everyones, from_main
+from ddkmix.types import DomainLosses
+
+STATE_FORMAT = 1
+
+
+@runtime_checkable
+class MeasuresModels(Protocol):
+    """What a `Reweighter` wants of an evaluator; `GapEvaluator` is one."""
+
+    def measure(self, model: Any, /) -> DomainLosses:
+        """Held-out losses of every domain."""
+        ...
+
+
+class Reweighter:
+    """Keeps the weights of a mixture where a policy wants them.
+
+    On several ranks every one makes the same calls; rank 0's weights count. All that a resumed run needs
+    is in `state_dict`: the mixture's place, the policy's memory, and when was measured last.
+
+    Args:
+        mixture: a `DomainMixture` or a `MixtureBatchSampler`.
+        evaluator: a `GapEvaluator`, or anything with `measure(model) -> DomainLosses`; None if you call
+            `update` with your own losses.
+        policy: a name ("ddk"), a name with parameters ({"name": "ddk", "signal": "loss_gap"}), or an object
+            with `init` and `update`.
+        interval_steps: optimizer steps between two measurements.
+        on_losses: called with (step, losses, weights now in force) after every measurement.
+
+    Raises:
+        ConfigError: the policy is wrong, `interval_steps` is below 1, or evaluator and mixture are of
+            different domains.
+    """
+
+    def __init__(
+        self,
+        mixture: PlannedMixture[Any],
+        evaluator: MeasuresModels | None,
+        policy: str | Mapping[str, Any] | WeightPolicy = "ddk",
+        *,
+        interval_steps: int = 1000,
+        on_losses: Callable[[int, DomainLosses, Mapping[str, float]], None] = lambda *_: None,
+    ) -> None:
+        if interval_steps < 1:
+            raise ConfigError(f"interval_steps = {interval_steps}; it must be at least 1 optimizer step.")
+        measured = getattr(evaluator, "domains", mixture.domains)
+        if tuple(measured) != tuple(mixture.domains):
+            raise ConfigError(
+                f"the evaluator measures {list(measured)} and the mixture has {list(mixture.domains)}; they "
+                "must be of the same domains."
+            )
+        self.mixture = mixture
+        """What it sets the weights of."""
+        self.policy = policy_of(policy)
+        """What it asks."""
+        self.interval_steps = interval_steps
+        self.losses: DomainLosses | None = None
+        """The last measurement in this process."""
+        self._evaluator, self._on_losses = evaluator, on_losses
+        self._policy_state: PolicyState | None = None
+        self._measured_at: int | None = None
+
+    def step(self, model: Any, done: int) -> DomainLosses | None:
+        """Measure and set the weights if an interval ends here; call it after every optimizer step.
+
+        Args:
+            model: the student as it is now.
+            done: optimizer steps that the loop has finished in the run; 0 before the first.
+
+        Returns:
+            The losses where it measured, else None.
+
+        Raises:
+            RunError: the mixture has handed out another number of steps: something reads ahead of the
+                loop, and a change would come late.
+            ConfigError: there is no evaluator.
+            NumericsError: a loss is not finite; the weights stay.
+        """
+        self.check_step(done)
+        if done % self.interval_steps or done == self._measured_at:
+            return None
+        if self._evaluator is None:
+            raise ConfigError("this Reweighter has no evaluator; give it one, or call update(losses).")
+        losses = self._evaluator.measure(model)
+        self.update(losses)
+        return losses
+
+    def check_step(self, done: int) -> None:
+        """Refuse to go on when the mixture is not where the loop is.
+
+        Args:
+            done: optimizer steps that the loop has finished in the run.
+
+        Raises:
+            RunError: the mixture has handed out another number of steps.
+        """
+        handed_out = self.mixture.state.step
+        if handed_out != done:
+            way_out = (
+                "something reads ahead of the loop; give it the loader of DomainMixture.loader as it is"
+                if handed_out > done
+                else "load the state that was saved with the model, or iterate over this mixture's loader"
+            )
+            raise RunError(
+                f"the loop has finished {done} optimizer steps and the mixture has handed out the rows of "
+                f"{handed_out}: {way_out}."
+            )
+
+    def update(self, losses: DomainLosses) -> dict[str, float]:
+        """Ask the policy and set the weights, which the next step follows.
+
+        Args:
+            losses: of every domain, measured by whomever (`DomainLosses.from_means`).
+
+        Returns:
+            The mixture weights now in force, by domain.
+
+        Raises:
+            ConfigError: the losses are of other domains, or the policy's weights are no distribution.
+            NumericsError: a loss is not finite; the weights stay.
+        """
+        if losses.domains != tuple(self.mixture.domains):
+            raise ConfigError(
+                f"losses are of {list(losses.domains)} and the mixture has {list(self.mixture.domains)}."
+            )
+        state = next_state(self.policy, self._policy_state, losses, self.mixture.natural_weights)
+        wanted = weights_of(state, losses)
+        exact = quantise(np.array([wanted[name] for name in self.mixture.domains]))
+        self.mixture.set_weights(from_main(exact))
+        self._check_agreement()
+        self._policy_state, self._measured_at, self.losses = state, self.mixture.state.step, losses
+        self._on_losses(self.mixture.state.step, losses, self.mixture.weights)
+        return self.mixture.weights
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for a logger: weights and epochs of every domain, and the losses of the last measurement.
+
+        Weights are shares, epochs passes over a domain's rows, losses and gaps nats per token.
+        """
+        found = {f"mixture/weight/{name}": weight for name, weight in self.mixture.weights.items()}
+        found |= {f"mixture/epochs/{name}": epochs for name, epochs in self.mixture.epochs.items()}
+        if self.losses is not None:
+            for i, name in enumerate(self.losses.domains):
+                found[f"student_loss/{name}"] = float(self.losses.student_loss[i])
+                found[f"loss_gap/{name}"] = float(self.losses.loss_gap[i])
+        return found
+
+    def state_dict(self, done: int | None = None) -> dict[str, Any]:
+        """JSON-able state from which mixture and policy go on exactly; the same on every rank.
+
+        Args:
+            done: optimizer steps that the loop has finished, for loops that read ahead; None is all that the
+                mixture has handed out.
+
+        Raises:
+            ConfigError: that step is not among the last 64.
+        """
+        return {
+            "format": STATE_FORMAT,
+            "mixture": self.mixture.state_dict(done),
+            "policy": self._policy_state,
+            "measured_at": self._measured_at,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, allow_changes: bool = False) -> list[str]:
+        """Go on from a saved state.
+
+        Args:
+            state: what `state_dict` gave.
+            allow_changes: go on although domains, their data or settings have changed; a policy of other
+                domains begins anew, with a measurement.
+
+        Returns:
+            What has changed, one phrase each; empty when everything goes on exactly.
+
+        Raises:
+            DataError: it is no such state, or something has changed and `allow_changes` is not set.
+        """
+        if state.get("format") != STATE_FORMAT or "mixture" not in state:
+            raise DataError(
+                f"this is no state of a Reweighter of this version (format {state.get('format')!r}, wanted "
+                f"{STATE_FORMAT}); load what its state_dict gave."
+            )
+        changes = self.mixture.load_state_dict(state["mixture"], allow_changes=allow_changes)
+        same_domains = list(state["mixture"]["data"]) == list(self.mixture.domains)
+        self._policy_state = state["policy"] if same_domains else None
+        self._measured_at = state["measured_at"] if same_domains else None
+        return changes
+
+    def _check_agreement(self) -> None:
+        """Every rank must hold the same plan; a run that diverged must not go on."""
+        found = everyones(self.mixture.state.fingerprint()[:12])
+        if len(set(found)) > 1:
+            raise RunError(
+                f"ranks hold different plans at step {self.mixture.state.step}: state hashes {found}. Resume "
+                "from the last checkpoint, and see that every rank makes the same calls."
+            )
