@@ -79,7 +79,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
         if not isinstance(train_dataloader, MixtureLoader):
             raise RunError(
                 f"the train dataloader is a {type(train_dataloader).__name__}: something has wrapped the "
-                "mixture and may reshard it or read ahead of the loop. Hand on what get_train_dataloader gave."
+                "mixture and may reshard it or read ahead of the loop. Keep what get_train_dataloader gives."
             )
         self._loader = train_dataloader
         if state.global_step:

@@ -1,8 +1,8 @@
 """What a Trainer is given in place of a dataset, and what its loop iterates.
 
-Trainers want one train dataset: they look at its length and columns, and those of TRL tokenise it. Domains are
-joined for that, every row marked with its domain, and taken apart again by the mark, so rows that the trainer
-shuffles or drops stay with their domain.
+Trainers want one train dataset: they look at its length and columns, and those of TRL tokenise it. Domains
+are joined for that, every row marked with its domain, and taken apart again by the mark, so rows that the
+trainer shuffles or drops stay with their domain.
 """
 
 from collections.abc import Iterator, Mapping
@@ -77,16 +77,17 @@ def joined(datasets: Mapping[str, Any], trainer: str) -> Any:
     for name, dataset in datasets.items():
         if not isinstance(dataset, Dataset):
             raise ConfigError(
-                f"train_dataset[{name!r}] is a {type(dataset).__name__}; {trainer} prepares its rows and needs "
-                "a datasets.Dataset: datasets.Dataset.from_list([...]) makes one."
+                f"train_dataset[{name!r}] is a {type(dataset).__name__}; {trainer} prepares its rows and "
+                "needs a datasets.Dataset: datasets.Dataset.from_list([...]) makes one."
             )
         columns[name] = dataset.features
     first = next(iter(columns))
     for name, features in columns.items():
         if features != columns[first]:
             raise ConfigError(
-                f"train_dataset[{name!r}] has columns {dict(features)} and [{first!r}] {dict(columns[first])}; "
-                f"{trainer} prepares all domains alike. Bring them to the same columns (select_columns, cast)."
+                f"train_dataset[{name!r}] has columns {dict(features)} and [{first!r}] has "
+                f"{dict(columns[first])}; {trainer} prepares all domains alike. Bring them to the same columns "
+                "(select_columns, cast)."
             )
     parts = [
         dataset.add_column(DOMAIN_COLUMN, np.full(len(dataset), i))
@@ -133,7 +134,12 @@ class EpochLoader:
     """
 
     def __init__(
-        self, mixture: DomainMixture, *, microbatches: int, windows: bool = False, attention_mask: bool = False
+        self,
+        mixture: DomainMixture,
+        *,
+        microbatches: int,
+        windows: bool = False,
+        attention_mask: bool = False,
     ) -> None:
         self.mixture = mixture
         num_rows = sum(mixture.settings.num_rows)
@@ -151,7 +157,11 @@ class EpochLoader:
         end = (self.mixture.state.step // self.steps + 1) * self.steps
         parts, copies = (1, self._microbatches) if self._windows else (self._microbatches, 1)
         for batch in self.mixture.loader(steps=end, microbatches=parts):
-            if self._attention_mask and "input_ids" in batch and not {"attention_mask", "position_ids"} & set(batch):
+            if (
+                self._attention_mask
+                and "input_ids" in batch
+                and not {"attention_mask", "position_ids"} & set(batch)
+            ):
                 batch["attention_mask"] = batch["input_ids"].new_ones(batch["input_ids"].shape)
             yield from repeat(batch, copies)
         self.ended = self.mixture.state.step < end

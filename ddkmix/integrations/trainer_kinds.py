@@ -1,8 +1,8 @@
 """Which trainers are known, and what their constructors get in place of a train dataset.
 
-`Trainer` wants rows that it can count. Those of TRL look at the columns of a `datasets.Dataset` and prepare its
-rows, and two of them make one batch for all micro-batches of a step. Anything else is refused: batches that a
-class makes in a way of its own would be replaced without a word.
+`Trainer` wants rows that it can count. Those of TRL look at the columns of a `datasets.Dataset` and prepare
+its rows, and two of them make one batch for all micro-batches of a step. Anything else is refused: batches
+that a class makes in a way of its own would be replaced without a word.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,13 +40,15 @@ def trainer_kind(classes: Sequence[type[Any]]) -> TrainerKind:
     """
     trainers = [cls for cls in classes if issubclass(cls, Trainer)]
     if not trainers:
-        raise ConfigError(f"{classes[0].__name__} is no Trainer of transformers; name one after MixtureMixin.")
+        raise ConfigError(
+            f"{classes[0].__name__} is no Trainer of transformers; name one after MixtureMixin."
+        )
     for cls in trainers[: trainers.index(Trainer)]:
         own = [name for name in _MAKES_BATCHES if name in vars(cls)]
         if own and cls.__name__ not in _WINDOWS:
             raise ConfigError(
-                f"{cls.__name__}.{own[0]} chooses batches in its own way, which a mixture would replace; known "
-                f"are {', '.join(_WINDOWS)} and trainers that leave batches to Trainer."
+                f"{cls.__name__}.{own[0]} chooses batches in its own way, which a mixture would replace; "
+                f"known are {', '.join(_WINDOWS)} and trainers that leave batches to Trainer."
             )
     library = next(cls for cls in trainers if cls.__module__.split(".")[0] in ("trl", "transformers"))
     return TrainerKind(

@@ -7,9 +7,9 @@
                              evaluator=GapEvaluator(held_out, teacher="..."), interval_steps=1000)
     trainer.train(resume_from_checkpoint=True)
 
-A Trainer asks for all micro-batches of a step before the step and for none of the next one, so a weight change
-made at its end is whole at the next. Its own way to resume skips batches, which would be those of other
-weights; here the mixture's state travels in `trainer_state.json` and nothing is skipped.
+A Trainer asks for all micro-batches of a step before the step and for none of the next one, so a weight
+change made at its end is whole at the next. Its own way to resume skips batches, which would be those of
+other weights; here the mixture's state travels in `trainer_state.json` and nothing is skipped.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,7 +31,10 @@ _PACKING = (
     "packing=True would put rows of several domains into one; turn it off, or pack each domain (ddkmix pack) "
     "and give DomainMixture.from_cards(...)."
 )
-_Base = Trainer if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
 
 
 class MixtureMixin(_Base):
@@ -40,11 +43,11 @@ class MixtureMixin(_Base):
     Takes the arguments of the trainer that it is mixed into, and:
 
     Args:
-        train_dataset: `{domain: map-style dataset}`, from which a mixture of the trainer's own batch size, seed,
-            workers and collator is made; or a `DomainMixture`, whose `batch_rows` must be
-            per_device_train_batch_size x gradient_accumulation_steps x processes.
-        evaluator: a `GapEvaluator`: it measures the model at step 0 and every `interval_steps`, and the weights
-            follow. When None they stay, unless you call `trainer.reweighter.update(losses)` or
+        train_dataset: `{domain: map-style dataset}`, from which a mixture of the trainer's own batch size,
+            seed, workers and collator is made; or a `DomainMixture`, whose `batch_rows` must be
+            per_device_train_batch_size x gradient_accumulation_steps x processes, and whose own workers read.
+        evaluator: a `GapEvaluator`: it measures the model at step 0 and every `interval_steps`, and the
+            weights follow. When None they stay, unless you call `trainer.reweighter.update(losses)` or
             `trainer.mixture.set_weights(weights)` in a callback of yours.
         policy, interval_steps, on_losses: as in `Reweighter`.
         mixture_options: other arguments of `DomainMixture.from_datasets` for a dict of datasets, for example
@@ -170,8 +173,8 @@ class MixtureMixin(_Base):
             raise ConfigError(
                 f"the mixture has batch_rows = {mixture.settings.batch_rows}, and the arguments ask for "
                 f"{self._batch_rows()} = {args.train_batch_size} (per device) x "
-                f"{args.gradient_accumulation_steps} (gradient accumulation) x {args.world_size} (processes); "
-                "make them equal."
+                f"{args.gradient_accumulation_steps} (gradient accumulation) x {args.world_size} "
+                "(processes); make them equal."
             )
 
     def _log_mixture(self, metrics: dict[str, float]) -> None:

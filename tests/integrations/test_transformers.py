@@ -1,10 +1,10 @@
-"""The Trainer of transformers over a mixture: the rows of every step, changes of weights, resume, and mistakes."""
+"""The Trainer of transformers over a mixture: rows of every step, changes of weights, resume, and mistakes."""
 
 import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import torch
 from datasets import Dataset
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainingArguments
 
-from ddkmix import DomainMixture
 from ddkmix.errors import ConfigError, DataError, RunError
 from ddkmix.integrations.trainer_callback import MixtureLoader
 from ddkmix.integrations.trainer_data import EpochLoader
 from ddkmix.integrations.transformers import MixtureMixin, MixtureTrainer, mixture_trainer
+from tests.integrations.conftest import Parts, Rows, dealt, rows_of
+from tests.integrations.policies import Rotating
 from tests.integrations.trainers import (
     BATCH_ROWS,
     FIRST,
@@ -27,23 +28,16 @@ from tests.integrations.trainers import (
     Recorder,
     arguments,
     items,
+    own,
     packed,
     steps_of,
     student,
     trainer,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 SAVING = {"save_strategy": "steps", "save_steps": 3}
 STEPS_OF_A_PASS = math.ceil(sum(ROWS.values()) / BATCH_ROWS)  # 9
-
-
-def own() -> DomainMixture:
-    """The mixture that a Trainer makes of the user's own datasets."""
-
-    def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
-        return {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
-
-    return DomainMixture.from_datasets(items(), batch_rows=BATCH_ROWS, seed=42, collate_fn=collate)
 
 
 def domains_of(parts: list[list[int]]) -> dict[str, int]:
@@ -64,16 +58,41 @@ def resumed(folder: Path, step: int, **changes: Any) -> Recorder:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("kind", ["packed", "own"])
-def test_the_rows_of_every_step_are_those_of_the_mixture(
-    tmp_path: Path, kind: str, accumulation: int, workers: int
+def test_the_rows_of_every_step_are_those_of_our_own_trainer(
+    trainer_rows: Rows, parts: Callable[..., Parts], tmp_path: Path, accumulation: int, workers: int
+) -> None:
+    """Packed rows, a real evaluator, weights that move every other step: every token of every row."""
+    made = parts(num_workers=workers)
+    run = Whole(
+        made.student,
+        TrainingArguments(**arguments(tmp_path, accumulation=accumulation, max_steps=len(trainer_rows))),
+        train_dataset=made.mixture,
+        evaluator=made.evaluator,
+        policy=Rotating(),
+        interval_steps=INTERVAL,
+    )
+    run.train()
+    assert trainer_rows == [dealt(step) for step in run.whole.values()]
+
+
+class Whole(MixtureTrainer):
+    """Notes whole rows."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """One micro-batch."""
+        self.__dict__.setdefault("whole", {}).setdefault(self.state.global_step, [])
+        self.whole[self.state.global_step].append(rows_of(inputs["input_ids"]))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+@pytest.mark.parametrize(("accumulation", "workers"), [(1, 2), (3, 0), (3, 2)])
+def test_the_rows_of_own_datasets_are_those_of_the_mixture(
+    tmp_path: Path, accumulation: int, workers: int
 ) -> None:
     """Micro-batch p of a step holds every third row from p on, whatever the workers."""
-    data = packed(tmp_path, num_workers=workers) if kind == "packed" else items()
-    run = trainer(tmp_path, data, accumulation=accumulation, dataloader_num_workers=workers)
+    run = trainer(tmp_path, items(), accumulation=accumulation, dataloader_num_workers=workers)
     run.train()
-    alone = packed(tmp_path) if kind == "packed" else own()
-    assert list(steps_of(alone, 8, accumulation)) == list(run.rows.values())
+    assert list(steps_of(own(), 8, accumulation)) == list(run.rows.values())
 
 
 def test_a_change_after_a_step_is_whole_at_the_next(tmp_path: Path) -> None:
@@ -82,7 +101,7 @@ def test_a_change_after_a_step_is_whole_at_the_next(tmp_path: Path) -> None:
     class Change(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == 3:
-                run.mixture.set_weights({"code": 0, "math": 1, "prose": 0})
+                run.mixture.set_weights({"code": 0.0, "math": 1.0, "prose": 0.0})
 
     run = trainer(
         tmp_path,
@@ -106,19 +125,19 @@ def test_own_losses_move_the_weights(tmp_path: Path) -> None:
             if state.global_step == 1:
                 run.reweighter.update(Constant().measure(run.model))
 
-    weights = {"code": 1.0, "math": 0.0, "prose": 0.0}
+    weights = {"code": 0.0, "math": 1.0, "prose": 0.0}
     run = trainer(
         tmp_path, max_steps=2, evaluator=None, callbacks=[Update()], mixture_options={"weights": weights}
     )
     run.train()
-    assert {"code": 12} == domains_of(run.rows[0])
-    assert {"code": 3, "math": 1, "prose": 8} == domains_of(run.rows[1])  # 2.4, 1.2 and 8.4 rows are due
+    assert {"math": 12} == domains_of(run.rows[0])
+    assert {"code": 11, "math": 1} == domains_of(run.rows[1])  # 10.8, 0.6 and 0.6 rows are due
 
 
 def test_the_seed_and_its_own_options_shape_the_mixture(tmp_path: Path) -> None:
     """data_seed orders the rows, else seed; options go to the mixture as they are."""
-    first = trainer(tmp_path, seed=1, mixture_options={"max_epochs": 3}).mixture
-    second = trainer(tmp_path, seed=5, data_seed=1, mixture_options={"max_epochs": 3}).mixture
+    first = trainer(tmp_path, seed=1, mixture_options={"max_epochs": 3.0}).mixture
+    second = trainer(tmp_path, seed=5, data_seed=1, mixture_options={"max_epochs": 3.0}).mixture
     third = trainer(tmp_path, seed=1).mixture
     assert first.fingerprint == second.fingerprint != third.fingerprint
     assert (90, 150, 51) == first.settings.cap_rows
@@ -135,14 +154,16 @@ def test_losses_are_divided_by_the_tokens_of_the_whole_step(tmp_path: Path, accu
 def test_columns_that_the_model_does_not_take_are_not_read(tmp_path: Path) -> None:
     """As in a Trainer without a mixture: a column of text does not reach the collator."""
     data = {
-        name: Dataset.from_list([{**row, "text": "as it was"} for row in rows]) for name, rows in items().items()
+        name: Dataset.from_list([{**row, "text": "as it was"} for row in rows])
+        for name, rows in items().items()
     }
     run = trainer(tmp_path, data, max_steps=1)
     run.train()
     (parts,) = steps_of(own(), 1, 1)
     assert [parts] == list(run.rows.values())
-    with pytest.raises(DataError, match="text"):  # the collator cannot make a tensor of it
-        trainer(tmp_path, data, max_steps=1, remove_unused_columns=False).train()
+    kept = trainer(tmp_path, data, remove_unused_columns=False)
+    assert "as it was" == kept.mixture.stream.rows[0].dataset[0]["text"]
+    assert "text" not in run.mixture.stream.rows[0].dataset[0]
 
 
 # --- passes, length, end ----------------------------------------------------------------------------
@@ -168,18 +189,18 @@ def test_without_max_steps_a_run_has_as_many_passes_as_epochs(tmp_path: Path) ->
 
 def test_a_run_that_would_use_up_its_domains_does_not_begin(tmp_path: Path) -> None:
     """One pass allowed: 97 rows are 8 whole steps."""
-    run = trainer(tmp_path, max_steps=9, mixture_options={"max_epochs": 1})
+    run = trainer(tmp_path, max_steps=9, mixture_options={"max_epochs": 1.0})
     message = "9 steps of 12 rows want 108 rows, and the domains may serve 97 .* at most 8"
     with pytest.raises(ConfigError, match=message):
         run.train()
-    trainer(tmp_path, max_steps=8, mixture_options={"max_epochs": 1}).train()
+    trainer(tmp_path, max_steps=8, mixture_options={"max_epochs": 1.0}).train()
 
 
 def test_a_mixture_that_ends_early_ends_the_run_with_a_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Prose is at its limit after four steps, and `on_cap` is "stop"."""
-    options = {"max_epochs": 1, "on_cap": "stop", "weights": {"code": 1, "math": 1, "prose": 1}}
+    options = {"max_epochs": 1.0, "on_cap": "stop", "weights": dict.fromkeys(ROWS, 1.0)}
     run = trainer(tmp_path, evaluator=None, mixture_options=options, **SAVING)
     run.train()
     assert 4 == run.state.global_step
@@ -190,39 +211,35 @@ def test_a_mixture_that_ends_early_ends_the_run_with_a_checkpoint(
 # --- checkpoints ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [3, 6, 9])
 @pytest.mark.parametrize(
-    "changes",
+    ("step", "changes"),
     [
-        {},
-        {"dataloader_num_workers": 2},
-        {"accumulation": 3},
-        {"restore_callback_states_from_checkpoint": True},
+        (3, {}),
+        (6, {"dataloader_num_workers": 2}),
+        (9, {}),
+        (6, {"accumulation": 3}),
+        (3, {"restore_callback_states_from_checkpoint": True}),
     ],
-    ids=["same", "workers", "accumulation", "callbacks"],
+    ids=["same", "workers", "pass", "accumulation", "callbacks"],
 )
 def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(
     saved_run: tuple[Path, Recorder], tmp_path: Path, step: int, changes: dict[str, Any]
 ) -> None:
     """Rows, weights, records and, where the sums are the same, every bit of the parameters; at a step where
-    an interval ends (6) the checkpoint holds the weights measured there, and nothing is measured twice."""
+    an interval ends (6) the checkpoint holds the weights measured there, and nothing is measured twice.
+    Step 9 ends a pass over the rows."""
     folder, whole = saved_run
     shutil.copytree(folder / "run", tmp_path / "run")
     run = resumed(tmp_path, step, **changes)
-    expected = {s: sum(parts, []) for s, parts in whole.rows.items() if s >= step}
+    expected = {s: dealt(found) for s, found in whole.rows.items() if s >= step}
     parts = changes.get("accumulation", 1)
-    assert expected == {s: undealt(found) for s, found in run.rows.items()}
+    assert expected == {s: dealt(found) for s, found in run.rows.items()}
     assert {parts} == {len(found) for found in run.rows.values()}
     epochs = [(r["step"], r["epoch"]) for r in whole.state.log_history]
     assert epochs == [(r["step"], r["epoch"]) for r in run.state.log_history]
     if parts == 1:
         for before, after in zip(whole.model.parameters(), run.model.parameters(), strict=True):
             assert torch.equal(before, after)
-
-
-def undealt(parts: list[list[int]]) -> list[int]:
-    """The rows of a step in their order, from micro-batches that took turns."""
-    return [row for turn in zip(*parts, strict=True) for row in turn]
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +269,7 @@ def test_a_checkpoint_of_another_trainer_is_refused(tmp_path: Path) -> None:
         train_dataset=items()["code"],
     )
     plain.train()
-    with pytest.raises(RunError, match="checkpoint of step 3 has no mixture state in trainer_state.json"):
+    with pytest.raises(RunError, match="checkpoint of step 3 has no mixture state"):
         resumed(tmp_path, 3)
 
 
@@ -308,12 +325,9 @@ def test_evaluation_records_and_the_best_model_are_as_before(tmp_path: Path) -> 
     best = min(r["eval_loss"] for r in history if "eval_loss" in r)
     assert best == pytest.approx(run.evaluate()["eval_loss"], rel=1e-6)
     (record,) = [r for r in history if r["step"] == 4 and "mixture/weight/code" in r]
-    assert [0.2, 0.1, 0.7] == pytest.approx([record[f"mixture/weight/{name}"] for name in ("prose", "code", "math")][::-1][0:0] or weights_in(record), abs=1e-6)
-
-
-def weights_in(record: dict[str, float]) -> list[float]:
-    """The mixture weights of a record, by domain."""
-    return [record[f"mixture/weight/{name}"] for name in sorted(ROWS)]
+    weights = [record[f"mixture/weight/{name}"] for name in ("code", "math", "prose")]
+    assert [0.05, 0.05, 0.9] == pytest.approx(weights, abs=1e-6)  # the third domain's turn
+    assert 1.0 == record["loss_gap/code"]
 
 
 def test_a_trainer_that_only_evaluates_needs_no_mixture(tmp_path: Path) -> None:
@@ -375,9 +389,11 @@ def test_a_loader_out_of_step_is_noticed_at_the_first_step(
     def behind(self: Any) -> Iterator[Any]:
         yield from [next(original(self))] * 8
 
-    monkeypatch.setattr(MixtureLoader, "__iter__", {"ahead": ahead, "behind": behind}[sabotage], raising=False)
+    monkeypatch.setattr(
+        MixtureLoader, "__iter__", {"ahead": ahead, "behind": behind}[sabotage], raising=False
+    )
     run = trainer(tmp_path, interval_steps=1000)
-    with pytest.raises(RunError, match="the loop has finished [12] optimizer steps and the mixture"):
+    with pytest.raises(RunError, match=r"the loop has finished [12] optimizer steps and the mixture"):
         run.train()
     assert run.state.global_step <= 2
 
@@ -404,13 +420,18 @@ def test_training_twice_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy.*group_by_length.*defaults"),
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            "train_sampling_strategy.*group_by_length.*defaults",
+        ),
         ({"auto_find_batch_size": True}, "auto_find_batch_size.*defaults"),
         ({"accelerator_config": {"split_batches": True}}, "accelerator_config.split_batches.*defaults"),
         ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config.dispatch_batches.*defaults"),
     ],
 )
-def test_arguments_that_choose_rows_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_arguments_that_choose_rows_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     """One line, before anything is trained."""
     with pytest.raises(ConfigError, match=message) as error:
         trainer(tmp_path, **changes)
@@ -446,7 +467,7 @@ def test_other_data_are_refused(tmp_path: Path, data: Any, message: str) -> None
 def test_options_of_a_ready_mixture_are_its_own(tmp_path: Path) -> None:
     """They would have no effect."""
     with pytest.raises(ConfigError, match="with a ready DomainMixture; give them to the mixture"):
-        trainer(tmp_path, packed(tmp_path), mixture_options={"max_epochs": 1})
+        trainer(tmp_path, packed(tmp_path), mixture_options={"max_epochs": 1.0})
 
 
 def test_rows_are_not_to_be_had_from_the_stand_in(tmp_path: Path) -> None:
@@ -482,10 +503,8 @@ def test_trainers_that_make_batches_in_their_own_way_are_refused() -> None:
         def get_train_dataloader(self) -> Any:
             return super().get_train_dataloader()
 
-    with pytest.raises(ConfigError, match="Own.get_train_dataloader chooses batches in its own way"):
+    with pytest.raises(ConfigError, match="get_train_dataloader chooses batches in its own way"):
         mixture_trainer(Own)
-    with pytest.raises(ConfigError, match="int is no Trainer of transformers"):
-        mixture_trainer(int)
 
     class Nothing(MixtureMixin):
         pass

@@ -1,37 +1,22 @@
-"""What the tests of Trainer and of TRL share: rows that name themselves, a tiny student, trainers that record."""
+"""Shared by the tests of Trainer and TRL: rows that name themselves, a tiny student, a trainer that records."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, default_data_collator
 
-from ddkmix import DomainMixture
+from ddkmix import DomainLosses, DomainMixture, Reweighter
 from ddkmix.integrations.transformers import MixtureTrainer
-from ddkmix.types import DomainLosses
 from tests.hand_made import numbered_rows
+from tests.integrations.policies import Rotating
 
 ROWS = {"code": 30, "math": 50, "prose": 17}
 """Rows of each domain; all their tokens are FIRST + the number of the row."""
 FIRST = {"code": 10, "math": 100, "prose": 200}
 LENGTH, BATCH_ROWS, INTERVAL = 8, 12, 2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Turning:
-    """A policy whose weights turn by one domain at every update, whatever the losses."""
-
-    def init(self, losses: DomainLosses, natural: Any) -> dict[str, Any]:
-        """Most to the last domain."""
-        return {"mixture_weights": [0.2, 0.1, 0.7][-len(natural) :], "turns": 0}
-
-    def update(self, state: Mapping[str, Any], losses: DomainLosses) -> dict[str, Any]:
-        """One further."""
-        weights = state["mixture_weights"]
-        return {"mixture_weights": weights[1:] + weights[:1], "turns": state["turns"] + 1}
 
 
 class Constant:
@@ -43,24 +28,26 @@ class Constant:
     def measure(self, model: torch.nn.Module) -> DomainLosses:
         """3 nats for the student, 2 for the teacher, everywhere."""
         self.measured += 1
-        count = len(self.domains)
-        return DomainLosses(
-            domains=self.domains,
-            student_loss=np.full(count, 3.0),
-            teacher_loss=np.full(count, 2.0),
-            student_error=np.full(count, 0.1),
-            gap_error=np.full(count, 0.1),
-            num_tokens=np.full(count, 100),
-            num_bytes=np.full(count, 400),
-        )
+        return DomainLosses.from_means(dict.fromkeys(self.domains, 3.0), dict.fromkeys(self.domains, 2.0))
 
 
 def items() -> dict[str, list[dict[str, list[int]]]]:
     """The rows as a user's own map-style datasets."""
     return {
-        name: [{"input_ids": [FIRST[name] + i] * LENGTH, "labels": [FIRST[name] + i] * LENGTH} for i in range(n)]
+        name: [
+            {"input_ids": [FIRST[name] + i] * LENGTH, "labels": [FIRST[name] + i] * LENGTH} for i in range(n)
+        ]
         for name, n in ROWS.items()
     }
+
+
+def own() -> DomainMixture:
+    """The mixture that a Trainer makes of the user's own datasets."""
+
+    def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
+
+    return DomainMixture.from_datasets(items(), batch_rows=BATCH_ROWS, seed=42, collate_fn=collate)
 
 
 def packed(folder: Path, **options: Any) -> DomainMixture:
@@ -125,7 +112,7 @@ class Recorder(MixtureTrainer):
 
 def trainer(folder: Path, data: Any = None, *, cls: type = Recorder, **changes: Any) -> Any:
     """A Trainer over the rows (of `data`, or the user's own) that measures every second step."""
-    given = {"policy": Turning(), "interval_steps": INTERVAL, "evaluator": Constant()}
+    given = {"policy": Rotating(), "interval_steps": INTERVAL, "evaluator": Constant()}
     names = ("policy", "interval_steps", "evaluator", "mixture_options", "eval_dataset", "callbacks")
     given |= {name: changes.pop(name) for name in names if name in changes}
     return cls(
@@ -138,12 +125,26 @@ def trainer(folder: Path, data: Any = None, *, cls: type = Recorder, **changes: 
 
 
 def steps_of(mixture: DomainMixture, steps: int, parts: int) -> Iterator[list[list[int]]]:
-    """The first tokens that a loop of ours would train on: each step's micro-batches, weights turning."""
-    policy, state, losses = Turning(), None, Constant().measure(student())
+    """The first tokens that a loop of ours would train on: each step's micro-batches, weights rotating."""
+    reweighter = Reweighter(mixture, Constant(), Rotating(), interval_steps=INTERVAL)
     for step in range(steps):
-        if step % INTERVAL == 0:
-            natural = mixture.natural_weights
-            state = policy.init(losses, natural) if state is None else policy.update(state, losses)
-            mixture.set_weights(dict(zip(mixture.domains, state["mixture_weights"], strict=True)))
+        reweighter.step(None, step)
         rows = next(mixture)["input_ids"][:, 0].tolist()
         yield [rows[part::parts] for part in range(parts)]
+
+
+def main(folder: str) -> None:
+    """Six steps on every process of torchrun: writes which rows this one has trained on."""
+    from torch.distributed import destroy_process_group, get_rank
+
+    run = trainer(
+        Path(folder),
+        accumulation=3,
+        per_device_train_batch_size=2,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=3,
+    )
+    run.train()
+    (Path(folder) / f"rank{get_rank()}.json").write_text(json.dumps(run.rows))
+    destroy_process_group()
