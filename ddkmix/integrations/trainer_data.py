@@ -86,8 +86,8 @@ def joined(datasets: Mapping[str, Any], trainer: str) -> Any:
         if features != columns[first]:
             raise ConfigError(
                 f"train_dataset[{name!r}] has columns {dict(features)} and [{first!r}] has "
-                f"{dict(columns[first])}; {trainer} prepares all domains alike. Bring them to the same columns "
-                "(select_columns, cast)."
+                f"{dict(columns[first])}; {trainer} prepares all domains alike. Bring them to the same "
+                "columns (select_columns, cast)."
             )
     parts = [
         dataset.add_column(DOMAIN_COLUMN, np.full(len(dataset), i))

@@ -77,7 +77,8 @@ class MixtureMixin(_Base):
         if getattr(kwargs.get("args"), "packing", False):  # before hours of tokenising
             raise ConfigError(_PACKING)
         kind = self._kind()
-        super().__init__(*args, train_dataset=stand_in(train_dataset, kind), **kwargs)
+        kwargs["train_dataset"] = stand_in(train_dataset, kind)
+        super().__init__(*args, **kwargs)
         if train_dataset is None:
             return  # a Trainer that only evaluates
         self.mixture = self._mixture_of(train_dataset, kind, dict(mixture_options or {}))

@@ -1,4 +1,4 @@
-"""The Trainer of transformers over a mixture: rows of every step, changes of weights, resume, and mistakes."""
+"""The Trainer of transformers over a mixture: rows of every step, changes of weights, resume, mistakes."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Shared by the tests of Trainer and TRL: rows that name themselves, a tiny student, a trainer that records."""
+"""Shared by the tests of Trainer and TRL: rows that name themselves, a tiny student, a recording trainer."""
 
 import json
 from collections.abc import Iterator
