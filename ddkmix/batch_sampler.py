@@ -12,12 +12,12 @@ from hashlib import sha256
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 
 from ddkmix.errors import ConfigError, RunError
 from ddkmix.fingerprint import hash_json
 from ddkmix.order import locate
-from ddkmix.own_rows import OwnRows, integers
+from ddkmix.own_rows import Numbers, OwnRows, integers
 from ddkmix.planned_mixture import PlannedMixture
 from ddkmix.planner import OnCap, PlannerState, StepPlan
 from ddkmix.stream import describe_stream
@@ -71,7 +71,7 @@ class MixtureBatchSampler(PlannedMixture[OwnRows]):
 
     def __init__(
         self,
-        indices: Mapping[str, Sequence[int]],
+        indices: Mapping[str, Numbers],
         *,
         batch_rows: int,
         microbatches: int = 1,
@@ -238,7 +238,7 @@ class MixtureBatchSampler(PlannedMixture[OwnRows]):
         return changes
 
 
-def domain_indices(labels: Sequence[str]) -> dict[str, Int[np.ndarray, " n"]]:
+def domain_indices(labels: Sequence[str] | Shaped[np.ndarray, " _"]) -> dict[str, Int[np.ndarray, " _"]]:
     """The items of each domain, from a column that names the domain of every item.
 
     Args:
@@ -251,7 +251,7 @@ def domain_indices(labels: Sequence[str]) -> dict[str, Int[np.ndarray, " n"]]:
     return {str(name): np.flatnonzero(column == name) for name in np.unique(column)}
 
 
-def _rows_of(name: str, items: Sequence[int]) -> OwnRows:
+def _rows_of(name: str, items: Numbers) -> OwnRows:
     numbers = integers(f"indices[{name!r}]", items)
     if numbers.ndim != 1 or (numbers < 0).any():
         raise ConfigError(f"indices[{name!r}] must be a list of item numbers >= 0.")

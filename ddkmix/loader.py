@@ -18,7 +18,7 @@ from ddkmix.errors import ConfigError, RowError
 from ddkmix.fingerprint import hash_json
 from ddkmix.index import DomainRows
 from ddkmix.item_tasks import Collate
-from ddkmix.own_rows import MapDataset, OwnRows, own_rows
+from ddkmix.own_rows import MapDataset, Numbers, OwnRows, own_rows
 from ddkmix.pack import pack_domains
 from ddkmix.planned_mixture import PlannedMixture
 from ddkmix.planner import OnCap
@@ -176,7 +176,7 @@ class DomainMixture(PlannedMixture[Any]):
         datasets: Mapping[str, MapDataset],
         *,
         batch_rows: int,
-        num_tokens: Mapping[str, Sequence[int]] | None = None,
+        num_tokens: Mapping[str, Numbers] | None = None,
         **options: Unpack[MixtureOptions],
     ) -> "DomainMixture":
         """The mixture of datasets that you already have; nothing is packed.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from ddkmix.errors import ConfigError, DataError
 from ddkmix.fingerprint import hash_json
@@ -21,6 +21,8 @@ from ddkmix.fingerprint import hash_json
 _LOOKED_AT = 8
 """Items whose content tells one dataset from another."""
 T = TypeVar("T")
+Numbers = Sequence[int] | Integer[np.ndarray, " _"]
+"""One for each item."""
 
 
 @runtime_checkable
@@ -70,7 +72,7 @@ class OwnRows:
 
 
 def own_rows(
-    datasets: Mapping[str, MapDataset], num_tokens: Mapping[str, Sequence[int]] | None = None
+    datasets: Mapping[str, MapDataset], num_tokens: Mapping[str, Numbers] | None = None
 ) -> dict[str, OwnRows]:
     """A user's datasets as rows of domains.
 
@@ -96,7 +98,7 @@ def _in_short(value: Any) -> str:
     return "empty" if isinstance(value, Mapping) else f"a {type(value).__name__}"
 
 
-def _rows_of(name: str, dataset: MapDataset, num_tokens: Sequence[int] | None) -> OwnRows:
+def _rows_of(name: str, dataset: MapDataset, num_tokens: Numbers | None) -> OwnRows:
     count = count_items(f"datasets[{name!r}]", dataset)
     lengths = None if num_tokens is None else integers(f"num_tokens[{name!r}]", num_tokens)
     if lengths is not None and (lengths.shape != (count,) or (lengths < 1).any()):
