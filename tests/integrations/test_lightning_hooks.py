@@ -470,7 +470,9 @@ def test_a_skipped_batch_is_refused(tmp_path: Path, make: MakeMixture) -> None:
 def test_a_batch_sampler_is_refused(tmp_path: Path) -> None:
     """The DataLoader around it would have read rows of the old weights."""
     sampler = MixtureBatchSampler(dict.fromkeys(NAMES, [1, 2, 3]), batch_rows=3)
-    with pytest.raises(ConfigError, match="MixtureCallback of a MixtureBatchSampler: a DataLoader reads ahead"):
+    with pytest.raises(
+        ConfigError, match="MixtureCallback of a MixtureBatchSampler: a DataLoader reads ahead"
+    ):
         MixtureCallback(Reweighter(sampler, None))
 
 
