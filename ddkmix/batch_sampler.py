@@ -150,8 +150,14 @@ class MixtureBatchSampler(PlannedMixture[OwnRows]):
             loader: the DataLoader, with any number of workers; iterated here.
 
         Raises:
-            RunError: it gives batches that this sampler did not name.
+            RunError: it has another batch sampler, or gives batches that this one did not name.
         """
+        sampler = getattr(loader, "batch_sampler", self)
+        if sampler is not self:
+            raise RunError(
+                f"the loader draws batches from a {type(sampler).__name__}; construct it with "
+                "batch_sampler=sampler, and do not let Accelerate prepare it: that would drop other batches."
+            )
         self._received = self.state
         dropped = True
         while dropped:  # it may have come to its end under older weights
@@ -160,7 +166,7 @@ class MixtureBatchSampler(PlannedMixture[OwnRows]):
                 if not self._sent:
                     raise RunError(
                         "the loader gives batches that this sampler did not name; construct it with "
-                        "batch_sampler=sampler, and do not let Accelerate prepare it."
+                        "batch_sampler=sampler."
                     )
                 sent = self._sent.popleft()
                 if sent.stale:

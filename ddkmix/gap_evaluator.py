@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ddkmix.config import Storage, Teacher
 from ddkmix.distillation import predicted
-from ddkmix.domains import load_domains
 from ddkmix.errors import ConfigError, ModelError
 from ddkmix.evaluator import Evaluator, HeldOutRows, NatsCache, TokenNats, select_rows, summarise
 from ddkmix.fingerprint import hash_json
@@ -24,10 +23,9 @@ from ddkmix.index import DomainRows
 from ddkmix.models import load_teacher
 from ddkmix.own_held_out import select_items
 from ddkmix.own_rows import MapDataset
-from ddkmix.pack import pack_domains
+from ddkmix.pack.cards import pack_cards
 from ddkmix.ranks import current_rank, sum_over_ranks
 from ddkmix.row_layout import Strategy
-from ddkmix.tokenizer import read_tokenizer
 from ddkmix.types import DomainLosses
 
 _CHUNK_TOKENS = 1024
@@ -121,14 +119,15 @@ class GapEvaluator:
             ConfigError: an argument is wrong.
             DataError: a card or its shards are wrong.
         """
-        packed = pack_domains(
-            load_domains([cards] if isinstance(cards, str) else cards, storage),
-            read_tokenizer(tokenizer, separator=separator),
+        packed = pack_cards(
+            cards,
+            tokenizer=tokenizer,
             seq_len=seq_len,
-            cache_dir=Path(cache_dir),
+            cache_dir=cache_dir,
+            separator=separator,
             strategy=strategy,
             processes=processes,
-            storage=storage or Storage(),
+            storage=storage,
         )
         rows = {name: domain.held_out for name, domain in packed.items()}
         return cls(rows, cache_dir=cache_dir, storage=storage, **options)

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from ddkmix.config import Storage
-from ddkmix.domains import load_domains
 from ddkmix.errors import ConfigError, RowError
 from ddkmix.index import DomainRows
 from ddkmix.item_tasks import Collate
 from ddkmix.own_rows import MapDataset, OwnRows, own_rows
-from ddkmix.pack import pack_domains
+from ddkmix.pack.cards import pack_cards
 from ddkmix.planned_mixture import PlannedMixture
 from ddkmix.planner import OnCap
 from ddkmix.reading import Batch, ReadAhead
@@ -27,7 +26,6 @@ from ddkmix.row_tasks import Substitution, Task
 from ddkmix.sources import RowSource, open_source, with_domain_ids
 from ddkmix.step_loader import StepLoader
 from ddkmix.stream import Count, Stream, describe_stream
-from ddkmix.tokenizer import read_tokenizer
 
 _LOG = getLogger("ddkmix")
 
@@ -156,14 +154,15 @@ class DomainMixture(PlannedMixture[Any]):
             ConfigError: an argument is wrong.
             DataError: a card or its shards are wrong.
         """
-        packed = pack_domains(
-            load_domains([cards] if isinstance(cards, str) else cards, options.get("storage")),
-            read_tokenizer(tokenizer, separator=separator),
+        packed = pack_cards(
+            cards,
+            tokenizer=tokenizer,
             seq_len=seq_len,
-            cache_dir=Path(cache_dir),
+            cache_dir=cache_dir,
+            separator=separator,
             strategy=strategy,
             processes=processes,
-            storage=options.get("storage") or Storage(),
+            storage=options.get("storage"),
         )
         rows = {name: domain.train for name, domain in packed.items()}
         return cls(rows, batch_rows=batch_rows, **options)

@@ -75,7 +75,8 @@ class Reweighter:
         self.losses: DomainLosses | None = None
         """The last measurement in this process."""
         self._evaluator, self._on_losses = evaluator, on_losses
-        self._policy_state: PolicyState | None = None
+        self.policy_state: PolicyState | None = None
+        """What the policy remembers, with its `mixture_weights`; None before the first measurement."""
         self._measured_at: int | None = None
 
     def step(self, model: Any, done: int) -> DomainLosses | None:
@@ -141,12 +142,12 @@ class Reweighter:
             raise ConfigError(
                 f"losses are of {list(losses.domains)} and the mixture has {list(self.mixture.domains)}."
             )
-        state = next_state(self.policy, self._policy_state, losses, self.mixture.natural_weights)
+        state = next_state(self.policy, self.policy_state, losses, self.mixture.natural_weights)
         wanted = weights_of(state, losses)
         exact = quantise(np.array([wanted[name] for name in self.mixture.domains]))
         self.mixture.set_weights(from_main(exact))
-        self._check_agreement()
-        self._policy_state, self._measured_at, self.losses = state, self.mixture.state.step, losses
+        check_agreement(self.mixture, "weight update")
+        self.policy_state, self._measured_at, self.losses = state, self.mixture.state.step, losses
         self._on_losses(self.mixture.state.step, losses, self.mixture.weights)
         return self.mixture.weights
 
@@ -176,7 +177,7 @@ class Reweighter:
         return {
             "format": STATE_FORMAT,
             "mixture": self.mixture.state_dict(done),
-            "policy": self._policy_state,
+            "policy": self.policy_state,
             "measured_at": self._measured_at,
         }
 
@@ -201,15 +202,24 @@ class Reweighter:
             )
         changes = self.mixture.load_state_dict(state["mixture"], allow_changes=allow_changes)
         same_domains = list(state["mixture"]["data"]) == list(self.mixture.domains)
-        self._policy_state = state["policy"] if same_domains else None
+        self.policy_state = state["policy"] if same_domains else None
         self._measured_at = state["measured_at"] if same_domains else None
         return changes
 
-    def _check_agreement(self) -> None:
-        """Every rank must hold the same plan; a run that diverged must not go on."""
-        found = everyones(self.mixture.state.fingerprint()[:12])
-        if len(set(found)) > 1:
-            raise RunError(
-                f"ranks hold different plans at step {self.mixture.state.step}: state hashes {found}. Resume "
-                "from the last checkpoint, and see that every rank makes the same calls."
-            )
+
+def check_agreement(mixture: PlannedMixture[Any], when: str) -> None:
+    """Every rank must hold the same plan; a run that diverged must not go on.
+
+    Args:
+        mixture: this rank's.
+        when: for the message.
+
+    Raises:
+        RunError: ranks differ.
+    """
+    found = everyones(mixture.state.fingerprint()[:12])
+    if len(set(found)) > 1:
+        raise RunError(
+            f"ranks hold different plans at step {mixture.state.step} ({when}): state hashes {found}. Resume "
+            "from the last checkpoint; if it happens again, a rank reads other data or makes other calls."
+        )

@@ -20,6 +20,7 @@ from ddkmix.policies import WeightPolicy
 from ddkmix.preflight import Prepared, check
 from ddkmix.prepare import open_mixture, open_rows, storage_of
 from ddkmix.provenance import DataBlock, describe, record_data
+from ddkmix.reweighting import Reweighter
 from ddkmix.signals import noting_signals
 from ddkmix.teacher import LiveTeacher
 from ddkmix.tracking import progress_bar
@@ -153,7 +154,7 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
         config=config,
         accelerator=accelerator,
         mixture=mixture,
-        policy=prepared.policy,
+        reweighter=Reweighter(mixture, None, prepared.policy, interval_steps=config.mixture.interval_steps),
         terms=prepared.terms,
         student=model,
         optimizer=optimizer,
@@ -214,7 +215,7 @@ def _restore(run: Run, state: dict[str, Any], changes: list[str], *, allow_chang
     same_domains = list(state["mixture"]["data"]) == list(run.mixture.domains)
     same_policy = not any(change.startswith("policy") for change in changes)
     if same_domains and same_policy:
-        run.policy_state = state["policy"]
+        run.reweighter.policy_state = state["policy"]
     run.measure_now = not (same_domains and same_policy)
     run.total_tokens = state["total_tokens"]
     if same_domains:
