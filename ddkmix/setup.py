@@ -20,6 +20,7 @@ from ddkmix.policies import WeightPolicy
 from ddkmix.preflight import Prepared, check
 from ddkmix.prepare import open_mixture, open_rows, storage_of
 from ddkmix.provenance import DataBlock, describe, record_data
+from ddkmix.reweighting import Reweighter
 from ddkmix.signals import noting_signals
 from ddkmix.teacher import LiveTeacher
 from ddkmix.tracking import progress_bar
@@ -34,16 +35,24 @@ def train(
     allow_changes: bool = False,
     on_losses: Callable[[int, DomainLosses, dict[str, float]], None] = lambda *_: None,
 ) -> DomainLosses:
-    """A whole run: check, pack, measure, train, save the student. Returns the losses at the end.
+    """A whole run: check, pack, measure, train, save the student to `config.run_dir`.
 
     Args:
         config: the run.
         resume: go on from the newest checkpoint of `config.run_dir`.
         allow_changes: resume although domains, their data, mixture, policy or batch_rows have changed.
-        on_losses: called on the main rank with (step, losses, weights in force) at every evaluation.
+        on_losses: called on the main rank with (step, losses, weights in force) at every evaluation; losses
+            in nats per token, weights by domain.
+
+    Returns:
+        The held-out losses at the end, nats per token.
 
     Raises:
-        DdkmixError: see `preflight.check`, `checkpoint.find_run` and `trainer.run_loop`.
+        ConfigError: the config does not fit its domains or its models.
+        DataError: a card, a shard or too many rows are wrong, or a store cannot be reached.
+        ModelError: a model or a tokenizer cannot be used as asked.
+        NumericsError: a loss or a gradient is not finite.
+        RunError: `config.run_dir` cannot be written or resumed, or (`Interrupted`) a signal asked to stop.
     """
     prepared = check(config)
     accelerator = _accelerator(config)
@@ -76,8 +85,16 @@ def train(
 def measure_gaps(config: RunConfig) -> tuple[DomainLosses, WeightPolicy]:
     """Held-out losses of a config's student, as it is built or loaded, beside its teacher's.
 
+    Args:
+        config: the run; nothing is trained.
+
+    Returns:
+        The losses, nats per token, and the policy that the config names.
+
     Raises:
-        DdkmixError: see `preflight.check`.
+        ConfigError: the config does not fit its domains or its models.
+        DataError: a card, a shard or a held-out row is wrong, or a store cannot be reached.
+        ModelError: a model or a tokenizer cannot be used as asked.
     """
     prepared = check(config)
     accelerator = _accelerator(config)
@@ -153,7 +170,7 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
         config=config,
         accelerator=accelerator,
         mixture=mixture,
-        policy=prepared.policy,
+        reweighter=Reweighter(mixture, None, prepared.policy, interval_steps=config.mixture.interval_steps),
         terms=prepared.terms,
         student=model,
         optimizer=optimizer,
@@ -214,7 +231,7 @@ def _restore(run: Run, state: dict[str, Any], changes: list[str], *, allow_chang
     same_domains = list(state["mixture"]["data"]) == list(run.mixture.domains)
     same_policy = not any(change.startswith("policy") for change in changes)
     if same_domains and same_policy:
-        run.policy_state = state["policy"]
+        run.reweighter.policy_state = state["policy"]
     run.measure_now = not (same_domains and same_policy)
     run.total_tokens = state["total_tokens"]
     if same_domains:

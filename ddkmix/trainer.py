@@ -1,7 +1,7 @@
 """The loop. Start here: measure -> update the weights -> plan -> train -> record -> checkpoint.
 
 Everything else in this file serves `run_loop`. Nothing is normalised anywhere but in `_train_step`, and
-weights travel in one direction: the policy returns them and `_reweight` hands them to the mixture.
+weights travel in one direction: the policy returns them and the `Reweighter` hands them to the mixture.
 """
 
 import signal
@@ -12,21 +12,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ddkmix.checkpoint import latest_checkpoint, save_checkpoint
 from ddkmix.config import RunConfig
 from ddkmix.distillation import predicted
-from ddkmix.errors import Interrupted, NumericsError, RowError, RunError
+from ddkmix.errors import Interrupted, NumericsError, RowError
 from ddkmix.evaluator import Evaluator, TokenNats
 from ddkmix.loader import DomainMixture
 from ddkmix.losses import CrossEntropy, LossTerm
 from ddkmix.metrics import LossWindow
-from ddkmix.planner import quantise
-from ddkmix.policies import PolicyState, WeightPolicy, next_state, weights_of
 from ddkmix.projection import Projection, news, project
+from ddkmix.reweighting import Reweighter, check_agreement
 from ddkmix.schedule import lr_multiplier
 from ddkmix.teacher import LiveTeacher
 from ddkmix.tracking import Bar, JsonLines, read_lines, weights_note
@@ -37,12 +35,12 @@ _NATS = (LossTerm("cross_entropy", 1.0, CrossEntropy()),)
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Run:
-    """The parts of a run; `setup.open_parts` makes them."""
+    """The parts of a run; `setup.train` makes them."""
 
     config: RunConfig
     accelerator: Any
     mixture: DomainMixture
-    policy: WeightPolicy
+    reweighter: Reweighter
     terms: tuple[LossTerm, ...]
     student: torch.nn.Module
     """The DistillationModel, as Accelerate wrapped it."""
@@ -51,7 +49,6 @@ class Run:
     teacher_sums: dict[str, Any]
     evaluator: Evaluator
     window: LossWindow
-    policy_state: PolicyState | None = None
     total_tokens: int = 0
     measure_now: bool = False
     """Whether to measure and set weights before the next step, whatever the interval."""
@@ -114,11 +111,11 @@ def run_loop(run: Run, bar: Bar) -> DomainLosses:
 
 def checkpoint(run: Run) -> Path:
     """Write everything needed to go on exactly."""
-    _check_agreement(run, "checkpoint")
+    check_agreement(run.mixture, "checkpoint")
     state = {
         "step": run.mixture.state.step,
         "mixture": run.mixture.state_dict(),
-        "policy": run.policy_state,
+        "policy": run.reweighter.policy_state,
         "total_tokens": run.total_tokens,
         "window": run.window.to_json(run.reduce),
     }
@@ -151,16 +148,7 @@ def _measure(run: Run, step: int) -> DomainLosses:
 def _reweight(run: Run, bar: Bar, step: int, losses: DomainLosses) -> None:
     """Ask the policy, and have every rank follow the same integers from this step on."""
     run.measure_now = False
-    run.policy_state = next_state(run.policy, run.policy_state, losses, run.mixture.natural_weights)
-    simplex = weights_of(run.policy_state, losses)
-    vector = np.array([simplex[name] for name in run.mixture.domains])
-    exact = torch.tensor(quantise(vector), dtype=torch.int64, device=run.accelerator.device)
-    if run.accelerator.num_processes > 1:
-        from accelerate.utils import broadcast
-
-        exact = broadcast(exact, from_process=0)
-    run.mixture.set_weights(exact.tolist())
-    _check_agreement(run, "weight update")
+    run.reweighter.update(losses)
     before = run.last_interval
     _write_interval(run, step, losses)
     if run.main:
@@ -276,7 +264,7 @@ def _write_interval(run: Run, step: int, losses: DomainLosses) -> None:
         "epochs": run.mixture.epochs,
         "projected": _projection(run).capped(),
         "losses": losses.to_json(),
-        "policy": run.policy_state,
+        "policy": run.reweighter.policy_state,
         "planner": run.mixture.state.to_json(),  # after the change: the steps that follow replay from it
     }
     run.log("intervals.jsonl").append(run.last_interval)
@@ -286,15 +274,3 @@ def _write_interval(run: Run, step: int, losses: DomainLosses) -> None:
 def _projection(run: Run) -> Projection:
     """Where the weights now in force lead."""
     return project(run.mixture.settings, run.mixture.state, run.config.trainer.steps, run.row_sizes)
-
-
-def _check_agreement(run: Run, when: str) -> None:
-    """Every rank must hold the same plan; a hash tells, and a run that diverged must not go on."""
-    own = int(run.mixture.state.fingerprint()[:12], 16)
-    tensor = torch.tensor([own], dtype=torch.int64, device=run.accelerator.device)
-    everyone = run.accelerator.gather(tensor).tolist()
-    if len(set(everyone)) > 1:
-        raise RunError(
-            f"ranks hold different plans at step {run.mixture.state.step} ({when}): state hashes {everyone}. "
-            "Resume from the last checkpoint; if it happens again, a rank reads other data."
-        )

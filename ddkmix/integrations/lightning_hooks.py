@@ -87,8 +87,8 @@ class CallbackHooks:
         found = mixture.mixture if isinstance(mixture, Reweighter) else mixture
         if not isinstance(found, DomainMixture):
             raise ConfigError(
-                f"MixtureCallback of a {type(found).__name__}: a DataLoader reads ahead of its weights; give a "
-                "DomainMixture, or a Reweighter of one."
+                f"MixtureCallback of a {type(found).__name__}: a DataLoader reads ahead of its weights; "
+                "give a DomainMixture, or a Reweighter of one."
             )
         self.mixture = found
         """The `DomainMixture`."""

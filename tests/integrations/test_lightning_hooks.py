@@ -54,10 +54,12 @@ def plain(make: MakeMixture) -> Rows:
     return [[tuple(row) for row in batch["input_ids"].tolist()] for batch in islice(make(), STEPS)]
 
 
-def reweighter_of(mixture: DomainMixture, folder: Path, interval_steps: int = 2) -> Reweighter:
+def reweighter_of(
+    mixture: DomainMixture, folder: Path, interval_steps: int = 2, teacher: Language | None = None
+) -> Reweighter:
     """Weights that move at every interval."""
     held_out = {name: [{"input_ids": [1, 2, 3, 4]}] for name in mixture.domains}
-    evaluator = GapEvaluator(held_out, cache_dir=folder / "cache")
+    evaluator = GapEvaluator(held_out, teacher=teacher, cache_dir=folder / "cache")
     return Reweighter(mixture, evaluator, Rotating(), interval_steps=interval_steps)
 
 
@@ -350,18 +352,19 @@ def test_callbacks_monitor_what_is_measured(tmp_path: Path, make: MakeMixture) -
 def test_the_student_is_measured_in_the_trainers_precision(
     tmp_path: Path, make: MakeMixture, precision: Any, expected: torch.dtype
 ) -> None:
-    """As in the user's own validation_step, in evaluation mode and without gradients."""
-    student, found = Student(), set()
+    """As in the user's own validation_step, in evaluation mode, without gradients; the teacher in its own."""
+    student, teacher, found = Student(), Language(), {}
 
     def note(module: Any, _: Any, logits: torch.Tensor) -> None:
         if not module.training:
-            found.add((logits.dtype, logits.requires_grad))
+            found[module] = (logits.dtype, logits.requires_grad)
 
-    student.model.register_forward_hook(note)
-    reweighter = reweighter_of(make(), tmp_path)
+    for model in (student.model, teacher):
+        model.register_forward_hook(note)
+    reweighter = reweighter_of(make(), tmp_path, teacher=teacher)
     trainer = trainer_of(tmp_path, MixtureCallback(reweighter), max_steps=2, precision=precision)
     trainer.fit(student, MixtureDataModule(reweighter.mixture))
-    assert {(expected, False)} == found
+    assert {student.model: (expected, False), teacher: (torch.float32, False)} == found
     assert student.model.training
 
 
