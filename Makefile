@@ -10,11 +10,13 @@ TEACHER := models/smollm2-135m-instruct
 install: $(VENV)/installed
 
 # torch first and alone: a resolver that meets "torch>=2.8" in another package's metadata
-# would otherwise be free to choose the newest CUDA build.
+# would otherwise be free to choose the newest CUDA build. Composer is last and without its requirements, which
+# ask for an older torch and for torchvision.
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps mosaicml
 	touch $@
 
 teacher: install

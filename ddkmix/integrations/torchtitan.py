@@ -102,6 +102,19 @@ class TitanLoader(_PlainLoader):
     Labels are shifted here: the token after each input, -100 at the last place and where padding follows.
     `positions` are there if the mixture has `document_boundaries`.
 
+    torchtitan's own Trainer builds its loader from a config, so give it one:
+
+        class Mixture(TitanLoader, BaseDataLoader):
+            @dataclass(kw_only=True, slots=True)
+            class Config(BaseDataLoader.Config):
+                batch_rows: int = 256
+
+            def __init__(self, config, *, dp_rank, dp_world_size, local_batch_size, **_):
+                ranks = {"rank": dp_rank, "world_size": dp_world_size}
+                mixture = DomainMixture(rows, batch_rows=config.batch_rows, **ranks)
+                parts = config.batch_rows // (dp_world_size * local_batch_size)
+                super().__init__(mixture, dp_rank=dp_rank, dp_degree=dp_world_size, microbatches=parts)
+
     Args:
         mixture: its batches must have `input_ids` and `labels`.
         dp_rank: data-parallel rank (of torchtitan's `batch` mesh); not the global rank under tensor, context

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from tests.integrations.conftest import BATCH_ROWS, INTERVAL_STEPS, STEPS, Parts
 import_composer()
 
 from composer import Trainer  # noqa: E402
-from composer.core import Callback, State, Time  # noqa: E402
+from composer.core import Callback, Precision, State, Time  # noqa: E402
 from composer.loggers import InMemoryLogger, Logger  # noqa: E402
 from composer.models import HuggingFaceModel  # noqa: E402
 
@@ -154,6 +156,20 @@ def test_the_model_that_is_measured_is_the_one_inside(parts: Make) -> None:
     assert other is seen[-1]
 
 
+def test_a_model_is_measured_in_the_trainers_precision(parts: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Composer evaluates; attention kernels of half precision refuse anything else."""
+    asked = []
+
+    def context(*given: Any, **named: Any) -> Any:
+        asked.append((*given, named))
+        return nullcontext()
+
+    monkeypatch.setattr("ddkmix.integrations.composer.get_precision_context", context)
+    made = parts()
+    run(made, until="1ba")
+    assert [(Precision.FP32, None, {"fp8_autocast_enabled": False})] * 2 == asked
+
+
 def test_a_loader_that_reads_ahead_is_refused(parts: Make) -> None:
     """Somebody else takes a step of the mixture: rows would be lost and a change late."""
 
@@ -216,8 +232,10 @@ def test_a_second_fit_loses_no_rows(trainer_rows: Rows, parts: Make) -> None:
     recorder = Recorder()
     trainer = trainer_of(parts(num_workers=2), recorder, until="3ba")
     trainer.fit()
+    assert active_children()
     fit(trainer, duration="5ba")
     assert trainer_rows == recorder.steps
+    assert not active_children()  # Trainer.close stops the mixture's readers
 
 
 def test_data_given_to_fit_resume_too(trainer_rows: Rows, parts: Make, tmp_path: Path) -> None:
@@ -319,11 +337,14 @@ def test_training_ends_with_the_data(parts: Make) -> None:
     """All domains at their cap: Composer would begin empty epochs for ever."""
     made = parts(max_epochs=0.1)
     rows = sum(rows or 0 for rows in made.mixture.settings.cap_rows)
+    start = MixtureLoader(made.mixture).dataset.state_dict(0, True)
     assert rows // BATCH_ROWS == len(run(made, until="100000ba"))
     loader = MixtureLoader(made.mixture)
     assert [] == list(loader)
     with pytest.raises(MixtureExhausted, match="raise max_epochs"):
         list(loader)
+    loader.dataset.load_state_dict(start)
+    assert rows // BATCH_ROWS == len(list(loader))
 
 
 # --- mistakes ---------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""Train a small student on eight domains with MosaicML Composer; every domain is drawn equally often.
+"""Train a small student on eight domains with MosaicML Composer.
 
-python tools/examples/composer_plain.py [STEPS]
+python PROGRAM [STEPS]
 """
 
 import sys
