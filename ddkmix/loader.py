@@ -14,9 +14,10 @@ from typing import Any, TypedDict, Unpack
 
 from ddkmix.config import Storage
 from ddkmix.errors import ConfigError, RowError
+from ddkmix.fingerprint import hash_json
 from ddkmix.index import DomainRows
 from ddkmix.item_tasks import Collate
-from ddkmix.own_rows import MapDataset, OwnRows, own_rows
+from ddkmix.own_rows import MapDataset, Numbers, OwnRows, own_rows
 from ddkmix.pack.cards import pack_cards
 from ddkmix.planned_mixture import PlannedMixture
 from ddkmix.planner import OnCap
@@ -55,7 +56,7 @@ class DomainMixture(PlannedMixture[Any]):
     Iterating gives dicts of tensors: `input_ids` (b, T) int64, `labels` (b, T) int64 (equal to input_ids,
     -100 where there is only padding; not shifted, as transformers expects) and `domain_ids` (b,) int64
     into `domains`, with b = batch_rows / world_size. The stream ends when no domain may serve another row.
-    Nothing is read before the first batch is asked for.
+    Nothing is read before the first batch is asked for (but a few items of own datasets, to know them again).
 
     Axis letters: b rows of this rank, T tokens in a row, N domains.
 
@@ -123,6 +124,7 @@ class DomainMixture(PlannedMixture[Any]):
             num_rows=lambda: batch_rows // self.ranks[1],
             num_workers=num_workers,
             prefetch_steps=prefetch_steps,
+            seed=lambda: int(hash_json([seed, self.ranks[0], self.state.step])[:12], 16),
         )
         self.substitutions: list[Substitution] = []
         """Damaged rows of this rank for which others stood in, in the order of the stream."""
@@ -175,13 +177,15 @@ class DomainMixture(PlannedMixture[Any]):
         datasets: Mapping[str, MapDataset],
         *,
         batch_rows: int,
-        num_tokens: Mapping[str, Sequence[int]] | None = None,
+        num_tokens: Mapping[str, Numbers] | None = None,
         **options: Unpack[MixtureOptions],
     ) -> "DomainMixture":
         """The mixture of datasets that you already have; nothing is packed.
 
         Batches are what `collate_fn` makes of the items of a micro-batch; None is torch's `default_collate`.
-        A saved state is of the same data when lengths and a few items are the same.
+        A saved state is of the same data when lengths, `num_tokens` and a few items are the same; of a
+        dataset that draws its items at random, when lengths are. What items draw in workers is seeded anew
+        with every start of the workers, from seed, rank and step.
 
         >>> from ddkmix import DomainMixture
         >>> mixture = DomainMixture.from_datasets(

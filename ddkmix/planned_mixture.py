@@ -53,7 +53,9 @@ class PlannedMixture(Generic[R]):
             vector = simplex_vector(weights, self.domains, where="mixture weights")
         self._plans = PlanQueue(self.settings, initial_state(self.settings, vector), stream.tokens_of)
         self.last_plan: StepPlan | None = None
-        """The plan of the last batch, of all ranks."""
+        """The plan of the last batch, of all ranks; None before the first and after a state was loaded."""
+        self.loads = 0
+        """States loaded so far: whoever holds a part of a step from before must let go of it."""
 
     @property
     def natural_weights(self) -> Float[np.ndarray, " N"]:
@@ -73,7 +75,8 @@ class PlannedMixture(Generic[R]):
     @property
     def weights(self) -> dict[str, float]:
         """The mixture weights in force at the next step, by domain (without domains at their cap)."""
-        return {name: weight / ROW for name, weight in zip(self.domains, self._plans.weights, strict=True)}
+        weights = self._plans.weights_after(self.state)
+        return {name: weight / ROW for name, weight in zip(self.domains, weights, strict=True)}
 
     @property
     def served(self) -> dict[str, int]:
@@ -122,7 +125,7 @@ class PlannedMixture(Generic[R]):
         Raises:
             ConfigError: that step is not among the last 64.
         """
-        return to_json(self.stream.identity, self._plans.state_at(step))
+        return to_json(self.stream.identity, self.state if step is None else self._plans.state_at(step))
 
     def load_state_dict(self, state: Mapping[str, Any], *, allow_changes: bool = False) -> list[str]:
         """Go on from a saved state.
@@ -142,6 +145,7 @@ class PlannedMixture(Generic[R]):
         planner, changes = from_json(state, self.stream.identity, natural, allow_changes=allow_changes)
         self._plans.forget()
         self._rewind(planner)
+        self.last_plan, self.loads = None, self.loads + 1
         return changes
 
     def row_names(self, plan: StepPlan) -> list[str]:

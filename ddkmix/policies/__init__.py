@@ -85,6 +85,11 @@ def policy_of(policy: "str | Mapping[str, Any] | WeightPolicy") -> WeightPolicy:
     if isinstance(policy, str):
         policy = {"name": policy}
     if not isinstance(policy, Mapping):
+        if isinstance(policy, type) or not isinstance(policy, WeightPolicy):
+            raise ConfigError(
+                f"policy = {policy!r}; give a name, a mapping with a name and parameters, or an object with "
+                "init and update."
+            )
         return policy
     built: WeightPolicy = build(dict(policy), POLICIES, where="policy")
     return built
