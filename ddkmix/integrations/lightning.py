@@ -10,6 +10,8 @@ from lightning.pytorch import Callback, LightningDataModule
 
 from ddkmix.integrations.lightning_hooks import CallbackHooks, DataHooks
 
+__all__ = ["MixtureCallback", "MixtureDataModule"]
+
 
 class MixtureDataModule(DataHooks, LightningDataModule):
     """The train rows of a run of Lightning: a LightningDataModule around a mixture.
