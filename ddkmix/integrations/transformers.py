@@ -177,6 +177,12 @@ class MixtureMixin(_Base):
                 f"{args.gradient_accumulation_steps} (gradient accumulation) x {args.world_size} "
                 "(processes); make them equal."
             )
+        here = (args.process_index, args.world_size)
+        if mixture.ranks_so_far != here:
+            raise ConfigError(
+                f"the mixture serves (rank, world_size) = {mixture.ranks_so_far} and the Trainer is {here}; leave "
+                "rank and world_size of the mixture out, and start processes with torchrun or accelerate launch."
+            )
 
     def _log_mixture(self, metrics: dict[str, float]) -> None:
         """A record of its own: `log` of a TRL trainer would add, and forget, the metrics of half a window."""

@@ -449,6 +449,12 @@ def test_a_mixture_of_another_batch_size_is_refused(tmp_path: Path) -> None:
         run.train()
 
 
+def test_a_mixture_of_another_rank_is_refused(tmp_path: Path) -> None:
+    """Half of its rows would be read by nobody."""
+    with pytest.raises(ConfigError, match=r"= \(0, 2\) and the Trainer is \(0, 1\); leave rank"):
+        trainer(tmp_path, packed(tmp_path, rank=0, world_size=2))
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
