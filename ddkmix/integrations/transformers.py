@@ -170,6 +170,11 @@ class MixtureMixin(_Base):
                 "tensor, context or sequence parallelism gives several processes the same rows; make a "
                 "DomainMixture with the rank and world_size of the data-parallel group and use your own loop."
             )
+        self._check_mixture(mixture)
+
+    def _check_mixture(self, mixture: DomainMixture) -> None:
+        """Refuse a mixture of other batches or processes."""
+        args, here = self.args, (self.args.process_index, self.args.world_size)
         if mixture.settings.batch_rows != self._batch_rows():
             raise ConfigError(
                 f"the mixture has batch_rows = {mixture.settings.batch_rows}, and the arguments ask for "
@@ -177,11 +182,10 @@ class MixtureMixin(_Base):
                 f"{args.gradient_accumulation_steps} (gradient accumulation) x {args.world_size} "
                 "(processes); make them equal."
             )
-        here = (args.process_index, args.world_size)
-        if mixture.ranks_so_far != here:
+        if mixture.ranks != here:
             raise ConfigError(
-                f"the mixture serves (rank, world_size) = {mixture.ranks_so_far} and the Trainer is {here}; leave "
-                "rank and world_size of the mixture out, and start processes with torchrun or accelerate launch."
+                f"the mixture serves (rank, world_size) = {mixture.ranks} and the Trainer is {here}; leave rank "
+                "and world_size of the mixture out, and start processes with torchrun or accelerate."
             )
 
     def _log_mixture(self, metrics: dict[str, float]) -> None:
