@@ -184,8 +184,8 @@ class MixtureMixin(_Base):
             )
         if mixture.ranks != here:
             raise ConfigError(
-                f"the mixture serves (rank, world_size) = {mixture.ranks} and the Trainer is {here}; leave rank "
-                "and world_size of the mixture out, and start processes with torchrun or accelerate."
+                f"the mixture serves (rank, world_size) = {mixture.ranks} and the Trainer is {here}; leave "
+                "rank and world_size of the mixture out, and start processes with torchrun or accelerate."
             )
 
     def _log_mixture(self, metrics: dict[str, float]) -> None:
