@@ -251,6 +251,15 @@ def saved_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder]
     return folder, run
 
 
+def test_a_resumed_pass_ends_where_it_would_have_ended(
+    saved_run: tuple[Path, Recorder], tmp_path: Path
+) -> None:
+    """What happens at the end of an epoch happens after step 9, also when the pass began at step 3."""
+    shutil.copytree(saved_run[0] / "run", tmp_path / "run")
+    run = resumed(tmp_path, 3, eval_strategy="epoch", eval_dataset=items()["code"][:3])
+    assert [9, 11] == [r["step"] for r in run.state.log_history if "eval_loss" in r]
+
+
 def test_what_a_checkpoint_holds(saved_run: tuple[Path, Recorder]) -> None:
     """A few hundred bytes of JSON in trainer_state.json: the state after exactly the steps trained."""
     folder, _ = saved_run
