@@ -173,12 +173,22 @@ class MixtureMixin(_Base):
                 "tensor, context or sequence parallelism gives several processes the same rows; make a "
                 "DomainMixture with the rank and world_size of the data-parallel group and use your own loop."
             )
+        self._check_mixture(mixture)
+
+    def _check_mixture(self, mixture: DomainMixture) -> None:
+        """Refuse a mixture of other batches or processes."""
+        args, here = self.args, (self.args.process_index, self.args.world_size)
         if mixture.settings.batch_rows != self._batch_rows():
             raise ConfigError(
                 f"the mixture has batch_rows = {mixture.settings.batch_rows}, and the arguments ask for "
                 f"{self._batch_rows()} = {args.train_batch_size} (per device) x "
                 f"{args.gradient_accumulation_steps} (gradient accumulation) x {args.world_size} "
                 "(processes); make them equal."
+            )
+        if mixture.ranks != here:
+            raise ConfigError(
+                f"the mixture serves (rank, world_size) = {mixture.ranks} and the Trainer is {here}; leave "
+                "rank and world_size of the mixture out, and start processes with torchrun or accelerate."
             )
 
     def _log_mixture(self, metrics: dict[str, float]) -> None:
