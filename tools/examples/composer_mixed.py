@@ -10,10 +10,9 @@ import datasets
 import torch
 from composer import Trainer
 from composer.models import HuggingFaceModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
 from ddkmix import DomainMixture, GapEvaluator, Reweighter
 from ddkmix.integrations.composer import MixtureCallback, MixtureLoader
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 TEACHER = "models/smollm2-135m-instruct"
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 100

@@ -6,10 +6,9 @@ from pathlib import Path
 import datasets
 import lightning
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
 from ddkmix import DomainMixture, GapEvaluator, Reweighter
 from ddkmix.integrations.lightning import MixtureCallback, MixtureDataModule
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 TEACHER = "models/smollm2-135m-instruct"
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 100

@@ -9,10 +9,9 @@ from pathlib import Path
 import datasets
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
 from ddkmix import DomainMixture, GapEvaluator, Reweighter
 from ddkmix.integrations.torchtitan import TitanLoader
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 TEACHER = "models/smollm2-135m-instruct"
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 100
