@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TEACHER := models/smollm2-135m-instruct
 
-.PHONY: install teacher quickstart test check fix bench bench-loader soak clean
+.PHONY: install teacher quickstart test check docs fix bench bench-loader soak clean
 
 install: $(VENV)/installed
 
@@ -32,6 +32,11 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/user_program.py
+
+# The site of the public names, site/index.html.
+docs: install
+	$(BIN)/python tools/build_docs.py --out site
 
 fix: install
 	$(BIN)/ruff check --fix .
@@ -48,4 +53,4 @@ soak: install
 	OMP_NUM_THREADS=1 $(BIN)/python tools/soak.py --steps 200000
 
 clean:
-	rm -rf $(VENV) .cache runs
+	rm -rf $(VENV) .cache runs site

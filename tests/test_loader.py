@@ -883,7 +883,7 @@ def test_other_errors_of_workers_are_not_hidden(
             "batch_rows = 12 rows cannot be dealt evenly to 5 processes; use a positive",
             {"rank": 0, "world_size": 5},
         ),
-        ("batch_rows = 0 rows cannot be dealt", {"batch_rows": 0}),
+        ("batch_rows = 0, block_rows = 8192", {"batch_rows": 0}),
         ("rank = 2 of 2 processes", {"rank": 2, "world_size": 2}),
         ("rank = 0 of 0 processes", {"rank": 0, "world_size": 0}),
         ("rank = None, world_size = 2; give both", {"world_size": 2}),

@@ -42,7 +42,7 @@ def test_plans_are_consumed_in_their_order() -> None:
     assert START == queue.consumed
     for step in range(5):
         assert plans[step] is queue.consume()
-        assert expected[step + 1] == queue.consumed == queue.state_at(None)
+        assert expected[step + 1] == queue.consumed == queue.state_at(step + 1)
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
