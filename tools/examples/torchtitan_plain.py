@@ -48,8 +48,7 @@ def train_step(batches):
 student = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TEACHER, num_hidden_layers=2))
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
 domains = {card.stem: rows(card.with_suffix("")) for card in sorted(Path("domains").glob("*.yaml"))}
-mixed = datasets.interleave_datasets(list(domains.values()), stopping_strategy="all_exhausted")
-loader = torch.utils.data.DataLoader(mixed, batch_size=4, shuffle=True)
-batches = (({"input": batch["input_ids"][:, :-1]}, batch["labels"][:, 1:]) for batch in loader)
+mixed = datasets.interleave_datasets(list(domains.values()), stopping_strategy="all_exhausted").shuffle()
+batches = (({"input": b["input_ids"][:, :-1]}, b["labels"][:, 1:]) for b in mixed.iter(batch_size=4))
 for step in range(STEPS):
     print(f"step {step + 1}: loss {train_step(batches):.3f}")
