@@ -82,7 +82,9 @@ def test_a_mixture_costs_few_lines(name: str) -> None:
 
 def test_the_readme_shows_the_difference() -> None:
     """Each program's, as it is."""
-    shown = re.findall(r"\]\(tools/examples/(\w+)_mixed\.py\)\.?\s+```diff\n(.*?)```", README, flags=re.DOTALL)
+    shown = re.findall(
+        r"\]\(tools/examples/(\w+)_mixed\.py\)\.?\s+```diff\n(.*?)```", README, flags=re.DOTALL
+    )
     assert sorted(NAMES) == sorted(name for name, _ in shown)
     for name, block in shown:
         assert changed_lines(name) == block.splitlines()

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import datasets
 import torch
-from torch.nn.functional import cross_entropy
 from ddkmix import DomainMixture, GapEvaluator, Reweighter
 from ddkmix.integrations.torchtitan import TitanLoader
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 TEACHER = "models/smollm2-135m-instruct"
