@@ -184,7 +184,8 @@ class GapEvaluator:
                 return known
             teacher = load_teacher(Teacher.model_validate({"model": name, "dtype": self._teacher_dtype}))
             teacher.to(evaluator.device)
-        with _evaluating(teacher):
+        # in its own precision, whatever the loop around trains in: the sums are kept under that name
+        with _evaluating(teacher), torch.autocast(evaluator.device.type, enabled=False):
             return evaluator.sums(self._token_nats(teacher), cache)
 
     def _token_nats(self, model: nn.Module) -> TokenNats:

@@ -22,7 +22,7 @@ class OwnHeldOut:
     """The items that a domain is measured on."""
 
     domain: str
-    items: tuple[tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]], ...]
+    items: tuple[tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]], ...]
     """(input_ids, labels) of each."""
     num_tokens: Int[np.ndarray, " R"]
     """Predicted tokens of each item."""

@@ -54,7 +54,7 @@ class PlannedMixture(Generic[R]):
         self._plans = PlanQueue(self.settings, initial_state(self.settings, vector), stream.tokens_of)
         self.last_plan: StepPlan | None = None
         """The plan of the last batch, of all ranks; None before the first and after a state was loaded."""
-        self.loads = 0
+        self.loads: int = 0
         """States loaded so far: whoever holds a part of a step from before must let go of it."""
 
     @property

@@ -128,7 +128,15 @@ class ReadAhead:
             # its own, or starting workers would move the run's random state
             generator=Generator().manual_seed(self._seed()),
         )
-        return iter(loader)
+        try:
+            return iter(loader)
+        except (AttributeError, TypeError, ValueError) as error:
+            if not self._num_workers or "pickle" not in str(error).lower():
+                raise
+            raise ConfigError(
+                f"workers cannot be started ({' '.join(str(error).split())}); where processes are not "
+                "forked, datasets and collate_fn must be of a module's top level. Or use num_workers=0."
+            ) from error
 
     def _placed_tasks(self) -> Iterator[Task]:
         for task in self._tasks():

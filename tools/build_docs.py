@@ -198,8 +198,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=REPO / "site")
     out: Path = parser.parse_args().out
-    if out.exists():
-        shutil.rmtree(out)
+    if out.exists() and any(out.iterdir()) and not (out / "search.js").exists():
+        print(
+            f"documentation: {out} holds other things than a site of ours; name a new folder.",
+            file=sys.stderr,
+        )
+        return 1
+    shutil.rmtree(out, ignore_errors=True)
     try:
         missing = build(out, public_modules())
     except DocsError as error:

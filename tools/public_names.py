@@ -141,6 +141,7 @@ def _body(module: ModuleType) -> list[ast.stmt]:
 def _top(module: ModuleType, name: str) -> list[Name]:
     """A name of `__all__`, and the members if it is a class; imports are followed to the definition."""
     value, path = getattr(module, name), f"{module.__name__}.{name}"
+    value = inspect.unwrap(value) if callable(value) and not inspect.isclass(value) else value
     if inspect.isclass(value) or inspect.isfunction(value):
         home = sys.modules[value.__module__]
         node = _definition(_body(home), value.__name__)

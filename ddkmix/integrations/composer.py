@@ -33,6 +33,8 @@ from ddkmix.errors import ConfigError, DataError, MixtureExhausted
 from ddkmix.loader import DomainMixture
 from ddkmix.reweighting import Reweighter
 
+__all__ = ["MixtureCallback", "MixtureLoader"]
+
 _STATE = "ddkmix"
 """The one key of a saved state."""
 
@@ -61,9 +63,10 @@ class MixtureLoader(DataLoader[Any]):
             raise ConfigError(f"epoch_steps = {epoch_steps}; it must be at least 1, or None for no end.")
         self._of_mixture = _MixtureDataset(mixture, epoch_steps, allow_changes)
         super().__init__(self._of_mixture, batch_size=mixture.settings.batch_rows // mixture.ranks[1])
-        self.mixture = mixture
+        self.mixture: DomainMixture = mixture
         """The `DomainMixture`."""
-        self.epoch_steps = epoch_steps
+        self.epoch_steps: int | None = epoch_steps
+        """Optimizer steps in an epoch of Composer."""
 
     @property
     def used_up(self) -> bool:

@@ -10,6 +10,8 @@ from lightning.pytorch import Callback, LightningDataModule
 
 from ddkmix.integrations.lightning_hooks import CallbackHooks, DataHooks
 
+__all__ = ["MixtureCallback", "MixtureDataModule"]
+
 
 class MixtureDataModule(DataHooks, LightningDataModule):
     """The train rows of a run of Lightning: a LightningDataModule around a mixture.
@@ -34,9 +36,9 @@ class MixtureCallback(CallbackHooks, Callback):
     """Measures the student at every interval, sets the weights, and keeps the state in checkpoints.
 
     Any checkpoint of the Trainer holds what `fit(ckpt_path=...)` needs to go on with the very next step, also
-    one made within a step or on an exception, with other workers, ranks or `accumulate_grad_batches`. Weights,
-    epochs, losses and gaps (`Reweighter.metrics`) are logged at each interval by the Trainer's loggers, under
-    the number of finished steps, and can be monitored.
+    one made within a step or on an exception, with other workers, ranks or `accumulate_grad_batches`. The
+    weights, epochs, losses and gaps of `Reweighter.metrics` are logged at each interval by the Trainer's
+    loggers, under the number of finished steps, and can be monitored.
 
     Args:
         mixture: a `Reweighter`; or a `DomainMixture` whose weights stay, or are yours to set between steps

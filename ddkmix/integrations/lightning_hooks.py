@@ -42,17 +42,22 @@ class DataHooks:
     """The hooks of `MixtureDataModule`."""
 
     trainer: Any
+    """Lightning's, which sets it."""
 
     def __init__(
         self, mixture: DomainMixture, *, microbatches: int | None = None, domain_ids: bool = False
     ) -> None:
         super().__init__()
-        self.mixture = mixture
+        self.mixture: DomainMixture = mixture
         """The `DomainMixture`."""
         self._microbatches, self._domain_ids = microbatches, domain_ids
 
     def setup(self, stage: str) -> None:
-        """Refuse a run whose state nobody would save."""
+        """Refuse a run whose state nobody would save.
+
+        Raises:
+            ConfigError: no `MixtureCallback` of the same mixture is there.
+        """
         callbacks = [hooks for hooks in self.trainer.callbacks if isinstance(hooks, CallbackHooks)]
         if stage == "fit" and not any(hooks.mixture is self.mixture for hooks in callbacks):
             raise ConfigError(
@@ -87,10 +92,10 @@ class CallbackHooks:
         found = mixture.mixture if isinstance(mixture, Reweighter) else mixture
         if not isinstance(found, DomainMixture):
             raise ConfigError(
-                f"MixtureCallback of a {type(found).__name__}: a DataLoader reads ahead of its weights; give a "
-                "DomainMixture, or a Reweighter of one."
+                f"MixtureCallback of a {type(found).__name__}: a DataLoader reads ahead of its weights; "
+                "give a DomainMixture, or a Reweighter of one."
             )
-        self.mixture = found
+        self.mixture: DomainMixture = found
         """The `DomainMixture`."""
         self._student, self._allow_changes = student, allow_changes
         self._loaded: dict[str, Any] | None = None
@@ -124,7 +129,11 @@ class CallbackHooks:
     # --- steps ------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Refuse to train on rows that are not those of the step to come."""
+        """Refuse to train on rows that are not those of the step to come.
+
+        Raises:
+            RunError: the mixture has handed out another number of steps.
+        """
         handed, done = self.mixture.state.step, trainer.global_step
         if handed != done + 1:
             raise RunError(

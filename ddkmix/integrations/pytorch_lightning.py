@@ -4,6 +4,8 @@ from pytorch_lightning import Callback, LightningDataModule
 
 from ddkmix.integrations.lightning_hooks import CallbackHooks, DataHooks
 
+__all__ = ["MixtureCallback", "MixtureDataModule"]
+
 
 class MixtureDataModule(DataHooks, LightningDataModule):
     """As `ddkmix.integrations.lightning.MixtureDataModule`."""

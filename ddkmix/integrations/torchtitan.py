@@ -35,6 +35,8 @@ from ddkmix.loader import DomainMixture
 from ddkmix.reweighting import Reweighter
 from ddkmix.sources import IGNORE
 
+__all__ = ["TitanLoader", "TuneLoader", "next_tokens"]
+
 _STATE = "ddkmix"
 """The one key of a saved state; its value is one string, which a checkpoint has or has not."""
 
@@ -84,6 +86,9 @@ class _PlainLoader:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a saved state, at any dp_degree; begin a new iteration afterwards.
 
+        Args:
+            state_dict: what `state_dict` gave.
+
         Raises:
             DataError: it is of other data or of another loader, or was saved without a reweighter.
         """
@@ -129,7 +134,7 @@ class TitanLoader(_PlainLoader):
         ConfigError: the mixture deals its rows to other ranks, or a step's rows cannot be dealt so.
     """
 
-    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    def __iter__(self) -> Iterator[tuple[dict[str, Int[Tensor, "b T"]], Int[Tensor, "b T"]]]:
         """Batches from where the mixture is.
 
         Raises:
@@ -150,7 +155,7 @@ class TuneLoader(_PlainLoader):
     use (leave that line out), and ask `len` for the steps, so give `steps`. Arguments are `TitanLoader`'s.
     """
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Int[Tensor, "b T"]]]:
         """Batches from where the mixture is.
 
         Raises:
@@ -163,7 +168,11 @@ class TuneLoader(_PlainLoader):
 
 
 def next_tokens(labels: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Labels as transformers takes them -> the token after each place, -100 at the last."""
+    """Labels as transformers takes them -> the token after each place, -100 at the last.
+
+    Args:
+        labels: tokens, not shifted; -100 where nothing is predicted.
+    """
     shifted = labels.roll(-1, dims=1)
     shifted[:, -1] = IGNORE
     return shifted

@@ -27,6 +27,8 @@ from ddkmix.policies import WeightPolicy
 from ddkmix.reweighting import MeasuresModels, Reweighter
 from ddkmix.types import DomainLosses
 
+__all__ = ["MixtureMixin", "MixtureTrainer", "mixture_trainer"]
+
 _PACKING = (
     "packing=True would put rows of several domains into one; turn it off, or pack each domain (ddkmix pack) "
     "and give DomainMixture.from_cards(...)."
@@ -43,13 +45,14 @@ class MixtureMixin(_Base):
     Takes the arguments of the trainer that it is mixed into, and:
 
     Args:
+        args, kwargs: those of the trainer.
         train_dataset: `{domain: map-style dataset}`, from which a mixture of the trainer's own batch size,
             seed, workers and collator is made; or a `DomainMixture`, whose `batch_rows` must be
             per_device_train_batch_size x gradient_accumulation_steps x processes, and whose own workers read.
         evaluator: a `GapEvaluator`: it measures the model at step 0 and every `interval_steps`, and the
             weights follow. When None they stay, unless you call `trainer.reweighter.update(losses)` or
             `trainer.mixture.set_weights(weights)` in a callback of yours.
-        policy, interval_steps, on_losses: as in `Reweighter`.
+        policy, interval_steps, on_losses: as in `Reweighter`; steps of the optimizer, nats per token.
         mixture_options: other arguments of `DomainMixture.from_datasets` for a dict of datasets, for example
             `{"weights": {...}, "max_epochs": 4}`.
 
@@ -170,12 +173,22 @@ class MixtureMixin(_Base):
                 "tensor, context or sequence parallelism gives several processes the same rows; make a "
                 "DomainMixture with the rank and world_size of the data-parallel group and use your own loop."
             )
+        self._check_mixture(mixture)
+
+    def _check_mixture(self, mixture: DomainMixture) -> None:
+        """Refuse a mixture of other batches or processes."""
+        args, here = self.args, (self.args.process_index, self.args.world_size)
         if mixture.settings.batch_rows != self._batch_rows():
             raise ConfigError(
                 f"the mixture has batch_rows = {mixture.settings.batch_rows}, and the arguments ask for "
                 f"{self._batch_rows()} = {args.train_batch_size} (per device) x "
                 f"{args.gradient_accumulation_steps} (gradient accumulation) x {args.world_size} "
                 "(processes); make them equal."
+            )
+        if mixture.ranks != here:
+            raise ConfigError(
+                f"the mixture serves (rank, world_size) = {mixture.ranks} and the Trainer is {here}; leave "
+                "rank and world_size of the mixture out, and start processes with torchrun or accelerate."
             )
 
     def _log_mixture(self, metrics: dict[str, float]) -> None:

@@ -15,6 +15,21 @@ MakeParts = Callable[..., Parts]
 pytestmark = QUIET
 
 
+@pytest.fixture
+def whole(tmp_path: Path, parts: MakeParts) -> Callable[[int], Student]:
+    """A function that gives the student of an uninterrupted run; each is made once."""
+
+    def make(microbatches: int) -> Student:
+        if microbatches not in _WHOLE:
+            _WHOLE[microbatches] = fit(tmp_path, parts(), microbatches=microbatches)
+        return _WHOLE[microbatches]
+
+    return make
+
+
+_WHOLE: dict[int, Student] = {}
+
+
 def same_parameters(one: Student, other: Student) -> bool:
     """Bit for bit."""
     return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
@@ -31,33 +46,41 @@ def test_rows_are_those_of_our_own_trainer(
 
 
 @pytest.mark.parametrize("microbatches", [1, 3])
-@pytest.mark.parametrize("stop", [1, 2, 5])
+@pytest.mark.parametrize("stop", [1, 4])
 def test_a_model_checkpoint_goes_on_exactly(
-    tmp_path: Path, trainer_rows: Rows, parts: MakeParts, stop: int, microbatches: int
+    tmp_path: Path,
+    trainer_rows: Rows,
+    parts: MakeParts,
+    whole: Callable[[int], Student],
+    stop: int,
+    microbatches: int,
 ) -> None:
     """fit(ckpt_path=...) between and at intervals, with other workers: rows and parameters."""
-    whole = fit(tmp_path, parts(), microbatches=microbatches)
     saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=stop, save_top_k=-1)
     fit(tmp_path, parts(num_workers=2), saving, max_steps=stop + 1, microbatches=microbatches)
     (path,) = (tmp_path / "saved").glob(f"*step={stop}.ckpt")
     student = fit(tmp_path, parts(), ckpt_path=path, microbatches=microbatches)
     assert trainer_rows[stop:] == student.rows(microbatches, stop)
-    assert same_parameters(whole, student)
+    assert same_parameters(whole(microbatches), student)
 
 
-@pytest.mark.parametrize(("microbatches", "at"), [(1, 0), (1, 4), (1, 5), (3, 1), (3, 15), (3, 16), (3, 17)])
+@pytest.mark.parametrize(("microbatches", "at"), [(1, 0), (1, 5), (3, 1), (3, 16), (3, 17)])
 def test_a_checkpoint_on_exception_goes_on_exactly(
-    tmp_path: Path, trainer_rows: Rows, parts: MakeParts, microbatches: int, at: int
+    tmp_path: Path,
+    trainer_rows: Rows,
+    parts: MakeParts,
+    whole: Callable[[int], Student],
+    microbatches: int,
+    at: int,
 ) -> None:
     """The micro-batches of the interrupted step come again, and the step is made of all of them."""
-    whole = fit(tmp_path, parts(), microbatches=microbatches)
     saving = OnExceptionCheckpoint(tmp_path)
     with pytest.raises(ZeroDivisionError):
         fit(tmp_path, parts(), saving, microbatches=microbatches, fails_at=at)
     student = fit(tmp_path, parts(), ckpt_path=Path(saving.ckpt_path), microbatches=microbatches)
     done = at // microbatches
     assert trainer_rows[done:] == student.rows(microbatches, done)
-    assert same_parameters(whole, student)
+    assert same_parameters(whole(microbatches), student)
 
 
 @pytest.mark.parametrize(
@@ -71,18 +94,23 @@ def test_a_checkpoint_on_exception_goes_on_exactly(
     ],
 )
 def test_a_checkpoint_of_any_moment_goes_on_exactly(
-    tmp_path: Path, trainer_rows: Rows, parts: MakeParts, hook: str, batch: int
+    tmp_path: Path,
+    trainer_rows: Rows,
+    parts: MakeParts,
+    whole: Callable[[int], Student],
+    hook: str,
+    batch: int,
 ) -> None:
     """In the middle of a step, at its end, where an interval ends, and at the end of the run."""
     saving = Saves(tmp_path / "saved.ckpt", hook, batch)
-    whole = fit(tmp_path, parts(), saving, microbatches=3)
+    fit(tmp_path, parts(), saving, microbatches=3)
     student = fit(tmp_path, parts(), ckpt_path=saving.path, microbatches=3)
     done = int(torch.load(saving.path, weights_only=True)["global_step"])
     assert trainer_rows[done:] == student.rows(3, done)
-    assert same_parameters(whole, student)
+    assert same_parameters(whole(3), student)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (3, 2)])
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2)])
 def test_a_run_goes_on_with_another_number_of_micro_batches(
     tmp_path: Path, trainer_rows: Rows, parts: MakeParts, before: int, after: int
 ) -> None:

@@ -1,5 +1,8 @@
 """What users do to a Trainer: it works, or one line says why not; and what the adapter relies on."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -19,9 +22,10 @@ from torch.utils.data import DataLoader
 from ddkmix import DomainMixture, GapEvaluator, MixtureBatchSampler, Reweighter
 from ddkmix.errors import ConfigError, DataError, RunError
 from ddkmix.integrations.lightning import MixtureCallback, MixtureDataModule
+from tests.conftest import REPO
 from tests.hand_made import numbered_rows
 from tests.integrations.conftest import Rows
-from tests.integrations.lightning_student import QUIET, Student, trainer_of
+from tests.integrations.lightning_student import QUIET, Language, Student, trainer_of
 from tests.integrations.policies import Rotating
 
 STEPS, NAMES = 8, ("a", "b", "c")
@@ -50,10 +54,12 @@ def plain(make: MakeMixture) -> Rows:
     return [[tuple(row) for row in batch["input_ids"].tolist()] for batch in islice(make(), STEPS)]
 
 
-def reweighter_of(mixture: DomainMixture, folder: Path, interval_steps: int = 2) -> Reweighter:
+def reweighter_of(
+    mixture: DomainMixture, folder: Path, interval_steps: int = 2, teacher: Language | None = None
+) -> Reweighter:
     """Weights that move at every interval."""
     held_out = {name: [{"input_ids": [1, 2, 3, 4]}] for name in mixture.domains}
-    evaluator = GapEvaluator(held_out, cache_dir=folder / "cache")
+    evaluator = GapEvaluator(held_out, teacher=teacher, cache_dir=folder / "cache")
     return Reweighter(mixture, evaluator, Rotating(), interval_steps=interval_steps)
 
 
@@ -65,6 +71,50 @@ def fit(
     trainer = trainer_of(folder, MixtureCallback(mixture), *callbacks, **{"max_steps": STEPS, **options})
     trainer.fit(student, MixtureDataModule(mixture), ckpt_path=ckpt_path)
     return student
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_pytorch_lightning_is_the_same(tmp_path: Path, make: MakeMixture, plain: Rows) -> None:
+    """Its Trainer takes only its own classes; stopped in the middle of a step and resumed."""
+    import pytorch_lightning
+
+    from ddkmix.integrations import pytorch_lightning as adapter
+
+    class Twin(pytorch_lightning.LightningModule):
+        training_step, rows = Student.training_step, Student.rows
+        configure_optimizers = Student.configure_optimizers
+
+        def __init__(self, fails_at: int | None) -> None:
+            super().__init__()
+            self.model, self.fails_at, self.seen = Language(), fails_at, []
+
+    path = tmp_path / "saved.ckpt"
+    for fails_at in (10, None):
+        mixture, student = make(), Twin(fails_at)
+        trainer = pytorch_lightning.Trainer(
+            max_steps=STEPS,
+            accelerator="cpu",
+            accumulate_grad_batches=3,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            callbacks=[adapter.MixtureCallback(mixture)],
+        )
+        data = adapter.MixtureDataModule(mixture)
+        try:
+            trainer.fit(student, data, ckpt_path=path if path.exists() else None)
+        except ZeroDivisionError:
+            trainer.save_checkpoint(path)
+    assert plain[3:] == student.rows(3, 3)
+
+
+def test_only_the_adapters_import_lightning() -> None:
+    """ddkmix, and what the two adapters share, need none of it."""
+    code = (
+        "import sys, ddkmix.integrations.lightning_hooks\n"
+        "assert not {'lightning', 'pytorch_lightning'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(REPO)})
 
 
 # --- weights ----------------------------------------------------------------------------------------------
@@ -302,18 +352,19 @@ def test_callbacks_monitor_what_is_measured(tmp_path: Path, make: MakeMixture) -
 def test_the_student_is_measured_in_the_trainers_precision(
     tmp_path: Path, make: MakeMixture, precision: Any, expected: torch.dtype
 ) -> None:
-    """As in the user's own validation_step, in evaluation mode and without gradients."""
-    student, found = Student(), set()
+    """As in the user's own validation_step, in evaluation mode, without gradients; the teacher in its own."""
+    student, teacher, found = Student(), Language(), {}
 
     def note(module: Any, _: Any, logits: torch.Tensor) -> None:
         if not module.training:
-            found.add((logits.dtype, logits.requires_grad))
+            found[module] = (logits.dtype, logits.requires_grad)
 
-    student.model.register_forward_hook(note)
-    reweighter = reweighter_of(make(), tmp_path)
+    for model in (student.model, teacher):
+        model.register_forward_hook(note)
+    reweighter = reweighter_of(make(), tmp_path, teacher=teacher)
     trainer = trainer_of(tmp_path, MixtureCallback(reweighter), max_steps=2, precision=precision)
     trainer.fit(student, MixtureDataModule(reweighter.mixture))
-    assert {(expected, False)} == found
+    assert {student.model: (expected, False), teacher: (torch.float32, False)} == found
     assert student.model.training
 
 
@@ -469,7 +520,7 @@ def test_a_skipped_batch_is_refused(tmp_path: Path, make: MakeMixture) -> None:
 
 def test_a_batch_sampler_is_refused(tmp_path: Path) -> None:
     """The DataLoader around it would have read rows of the old weights."""
-    sampler = MixtureBatchSampler(dict.fromkeys(NAMES, [1, 2, 3]), batch_rows=3)
+    sampler = MixtureBatchSampler({name: [1, 2, 3] for name in NAMES}, batch_rows=3)
     with pytest.raises(
         ConfigError, match="MixtureCallback of a MixtureBatchSampler: a DataLoader reads ahead"
     ):

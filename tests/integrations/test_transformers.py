@@ -251,6 +251,15 @@ def saved_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder]
     return folder, run
 
 
+def test_a_resumed_pass_ends_where_it_would_have_ended(
+    saved_run: tuple[Path, Recorder], tmp_path: Path
+) -> None:
+    """What happens at the end of an epoch happens after step 9, also when the pass began at step 3."""
+    shutil.copytree(saved_run[0] / "run", tmp_path / "run")
+    run = resumed(tmp_path, 3, eval_strategy="epoch", eval_dataset=items()["code"][:3])
+    assert [9, 11] == [r["step"] for r in run.state.log_history if "eval_loss" in r]
+
+
 def test_what_a_checkpoint_holds(saved_run: tuple[Path, Recorder]) -> None:
     """A few hundred bytes of JSON in trainer_state.json: the state after exactly the steps trained."""
     folder, _ = saved_run
@@ -447,6 +456,12 @@ def test_a_mixture_of_another_batch_size_is_refused(tmp_path: Path) -> None:
     run.args.gradient_accumulation_steps = 2
     with pytest.raises(ConfigError, match="arguments ask for 24 = 12"):
         run.train()
+
+
+def test_a_mixture_of_another_rank_is_refused(tmp_path: Path) -> None:
+    """Half of its rows would be read by nobody."""
+    with pytest.raises(ConfigError, match=r"= \(0, 2\) and the Trainer is \(0, 1\); leave rank"):
+        trainer(tmp_path, packed(tmp_path, rank=0, world_size=2))
 
 
 @pytest.mark.parametrize(
