@@ -5,16 +5,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 TEACHER := models/smollm2-135m-instruct
 
-.PHONY: install teacher quickstart test check fix bench bench-loader soak clean
+.PHONY: install teacher quickstart test check docs fix bench bench-loader soak clean
 
 install: $(VENV)/installed
 
 # torch first and alone: a resolver that meets "torch>=2.8" in another package's metadata
-# would otherwise be free to choose the newest CUDA build.
+# would otherwise be free to choose the newest CUDA build. Composer is last and without its requirements, which
+# ask for an older torch and for torchvision.
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps mosaicml
 	touch $@
 
 teacher: install
@@ -30,6 +32,11 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/user_program.py
+
+# The site of the public names, site/index.html.
+docs: install
+	$(BIN)/python tools/build_docs.py --out site
 
 fix: install
 	$(BIN)/ruff check --fix .
@@ -46,4 +53,4 @@ soak: install
 	OMP_NUM_THREADS=1 $(BIN)/python tools/soak.py --steps 200000
 
 clean:
-	rm -rf $(VENV) .cache runs
+	rm -rf $(VENV) .cache runs site

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from ddkmix.setup import measure_gaps, train
     from ddkmix.step_loader import StepLoader
     from ddkmix.types import DomainLosses
+else:  # a type checker that sees this takes every misspelt name for a name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'ddkmix' has no attribute {name!r}")
+        return getattr(importlib.import_module(_HOME[name]), name)
+
 
 __version__ = "0.1.0"
 
@@ -59,12 +66,6 @@ __all__ = [
     "reweight",
     "train",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'ddkmix' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

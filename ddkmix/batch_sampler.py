@@ -12,15 +12,17 @@ from hashlib import sha256
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 
 from ddkmix.errors import ConfigError, RunError
 from ddkmix.fingerprint import hash_json
 from ddkmix.order import locate
-from ddkmix.own_rows import OwnRows
+from ddkmix.own_rows import Numbers, OwnRows, integers
 from ddkmix.planned_mixture import PlannedMixture
-from ddkmix.planner import OnCap, PlannerState
+from ddkmix.planner import OnCap, PlannerState, StepPlan
 from ddkmix.stream import describe_stream
+
+_WAY_OUT = "Construct it with batch_sampler=sampler, and do not let Accelerate prepare it."
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +31,8 @@ class _Sent:
 
     state: PlannerState
     """After its step."""
+    plan: StepPlan | None
+    """Of its step."""
     rest: list[list[int]]
     """The micro-batches of its step that come after it."""
     stale: bool = False
@@ -60,6 +64,7 @@ class MixtureBatchSampler(PlannedMixture[OwnRows]):
         ConfigError: an argument is wrong, or a step cannot be dealt into equal micro-batches.
         DataError: a domain has no items.
 
+    >>> from ddkmix import MixtureBatchSampler
     >>> sampler = MixtureBatchSampler({"code": range(6), "math": range(6, 10)}, batch_rows=4, steps=2)
     >>> len(list(sampler)), sampler.served
     (2, {'code': 5, 'math': 3})
@@ -67,7 +72,7 @@ class MixtureBatchSampler(PlannedMixture[OwnRows]):
 
     def __init__(
         self,
-        indices: Mapping[str, Sequence[int]],
+        indices: Mapping[str, Numbers],
         *,
         batch_rows: int,
         microbatches: int = 1,
@@ -85,13 +90,19 @@ class MixtureBatchSampler(PlannedMixture[OwnRows]):
         stream = describe_stream(rows, batch_rows=batch_rows, seed=seed, max_epochs=max_epochs, on_cap=on_cap)
         super().__init__(stream, weights, rank, world_size)
         self.check_parts(microbatches)
-        self.microbatches, self.steps = microbatches, steps
+        self.microbatches: int = microbatches
+        """Batches for each step and rank."""
+        self.steps: int | None = steps
+        """Optimizer steps of the whole run."""
         self._sent: deque[_Sent] = deque()
         self._received: PlannerState | None = None
-        """After the last step of which the loop of `follow` has received a micro-batch."""
+        """After the last step of which the loop of `follow` has received a micro-batch; None outside it."""
         self._rest: list[list[int]] = []
-        """What that loop has not received of this step."""
-        self._loads = 0
+        """What has not been received (or asked for) of the present step."""
+        self._follower: object = None
+        """The iteration of `follow` that counts: the one that began last."""
+        self._changed = False
+        """Whether weights were set, or a state loaded, since the DataLoader was iterated."""
 
     @property
     def state(self) -> PlannerState:
@@ -109,80 +120,105 @@ class MixtureBatchSampler(PlannedMixture[OwnRows]):
         return self.steps * self.microbatches
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Batches of indices, from where `state` is.
+        """Batches of indices, from where `state` is; a step that was left in the middle comes to its end.
 
         Raises:
             DataError: `on_cap` is "error" and a domain is used up.
         """
         self._sent.clear()
-        rest, self._rest = self._rest, []
-        self._rewind(self.state)
+        super()._rewind(self.state)
         self.check_parts(self.microbatches)
-        yield from self._batches(self._plans.consumed, rest)
+        yield from self._batches(self._plans.consumed, self.last_plan, self._rest)
         while self.steps is None or self._plans.consumed.step < self.steps:
             plan = self._plans.plan()
             if plan is None:
-                if self._plans.is_exhausted():
+                # what was asked for before comes first: `follow` raises when the loop has it
+                if self._received is not None or self._plans.is_exhausted():
                     return
                 continue
-            self.last_plan = self._plans.consume()
+            self._plans.consume()
             slots = self._slots(plan)
             chosen = [
                 int(self.stream.rows[domain].dataset[locate(self.stream.orders[domain], j)[1]])
                 for domain, j in zip(plan.domain_ids[slots], plan.row_numbers[slots].tolist(), strict=True)
             ]
             parts = [chosen[part :: self.microbatches] for part in range(self.microbatches)]
-            yield from self._batches(self._plans.consumed, parts)
+            yield from self._batches(self._plans.consumed, plan, parts)
 
-    def _batches(self, state: PlannerState, parts: list[list[int]]) -> Iterator[list[int]]:
+    def _batches(
+        self, state: PlannerState, plan: StepPlan | None, parts: list[list[int]]
+    ) -> Iterator[list[int]]:
         """Micro-batches of one step, for as long as nobody has gone back to before it."""
-        loads = self._loads
+        loads = self.loads
         for i, part in enumerate(parts):
-            if loads != self._loads or state.step > self._plans.consumed.step:
+            if loads != self.loads or state.step > self._plans.consumed.step:
                 return
-            self._sent.append(_Sent(state, parts[i + 1 :]))
+            sent = _Sent(state, plan, parts[i + 1 :])
+            if self._received is None:
+                self._take(sent)
+            else:
+                self._sent.append(sent)
             yield part
+
+    def _take(self, sent: _Sent) -> None:
+        """The loop has this micro-batch."""
+        self.last_plan, self._rest = sent.plan, sent.rest
+        if self._received is not None and sent.state.step > self._received.step:
+            self._received = sent.state
 
     def follow(self, loader: Iterable[Any]) -> Iterator[Any]:
         """The batches of a DataLoader that has this batch sampler, without what it read under older weights.
+
+        One that was left, even in the middle of a step, is taken up there by the next.
 
         Args:
             loader: the DataLoader, with any number of workers; iterated here.
 
         Raises:
-            RunError: it has another batch sampler, or gives batches that this one did not name.
+            RunError: it gives other batches than this sampler named, or in another order.
+            DataError: `on_cap` is "error" and a domain is used up.
         """
-        sampler = getattr(loader, "batch_sampler", self)
-        if sampler is not self:
-            raise RunError(
-                f"the loader draws batches from a {type(sampler).__name__}; construct it with "
-                "batch_sampler=sampler, and do not let Accelerate prepare it: that would drop other batches."
-            )
+        self._check_loader(loader)
+        mine = self._follower = object()
         self._received = self.state
-        dropped = True
-        while dropped:  # it may have come to its end under older weights
-            dropped = False
-            for batch in loader:
-                if not self._sent:
-                    raise RunError(
-                        "the loader gives batches that this sampler did not name; construct it with "
-                        "batch_sampler=sampler."
-                    )
-                sent = self._sent.popleft()
-                if sent.stale:
-                    dropped = True
-                    continue
-                if sent.state.step > self._received.step:
-                    self._received = sent.state
-                self._rest = sent.rest
+        try:
+            while True:
+                self._changed = False
+                yield from self._fresh(loader)
+                if self._sent:  # the loader has its own end
+                    return
+                if not self._goes_on() or not self._changed:
+                    return
+        finally:
+            if self._follower is mine:  # from here on, what is asked for counts again
+                state, self._received, self._follower = self._received, None, None
+                super()._rewind(state)
+
+    def _fresh(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """One pass over the loader."""
+        for batch in loader:
+            if not self._sent:
+                raise RunError(f"the loader gives batches that this sampler did not name. {_WAY_OUT}")
+            sent = self._sent.popleft()
+            if not sent.stale:
+                self._take(sent)
                 yield batch
-        self._received = None
+
+    def _goes_on(self) -> bool:
+        """Whether there is more to receive after `state`; raises DataError where `on_cap` is "error"."""
+        unfinished = self.steps is None or self.state.step < self.steps
+        return bool(self._rest) or (unfinished and not self._plans.is_exhausted())
+
+    def _check_loader(self, loader: Any) -> None:
+        if getattr(loader, "batch_sampler", self) is not self or not getattr(loader, "in_order", True):
+            raise RunError(f"the loader has another batch_sampler, or in_order=False. {_WAY_OUT}")
 
     def _rewind(self, state: PlannerState) -> None:
         """Go on from `state`; the step that the loop is in stays as it is."""
         for sent in self._sent:
             sent.stale = sent.stale or sent.state.step > state.step
         super()._rewind(state)
+        self._changed = True
         if self._received is not None:
             self._received = state
 
@@ -200,19 +236,19 @@ class MixtureBatchSampler(PlannedMixture[OwnRows]):
             DataError: something has changed and `allow_changes` is not set.
         """
         changes = super().load_state_dict(state, allow_changes=allow_changes)
-        self._loads += 1
         self._rest = []
         for sent in self._sent:
             sent.stale = True
         return changes
 
 
-def domain_indices(labels: Sequence[str]) -> dict[str, Int[np.ndarray, " n"]]:
+def domain_indices(labels: Sequence[str] | Shaped[np.ndarray, " _"]) -> dict[str, Int[np.ndarray, " _"]]:
     """The items of each domain, from a column that names the domain of every item.
 
     Args:
         labels: one domain name per item.
 
+    >>> from ddkmix import domain_indices
     >>> {name: items.tolist() for name, items in domain_indices(["code", "math", "code"]).items()}
     {'code': [0, 2], 'math': [1]}
     """
@@ -220,8 +256,8 @@ def domain_indices(labels: Sequence[str]) -> dict[str, Int[np.ndarray, " n"]]:
     return {str(name): np.flatnonzero(column == name) for name in np.unique(column)}
 
 
-def _rows_of(name: str, items: Sequence[int]) -> OwnRows:
-    numbers = np.asarray(items, dtype=np.int64)
+def _rows_of(name: str, items: Numbers) -> OwnRows:
+    numbers = integers(f"indices[{name!r}]", items)
     if numbers.ndim != 1 or (numbers < 0).any():
         raise ConfigError(f"indices[{name!r}] must be a list of item numbers >= 0.")
     return OwnRows(

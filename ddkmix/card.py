@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 
-from ddkmix.config import Positive, PositiveInt, Section
 from ddkmix.errors import DataError, did_you_mean
+from ddkmix.sections import Positive, PositiveInt, Section
 
 NEEDS = "a card needs name, license, and train and held_out (or rows)."
 

@@ -2,235 +2,107 @@
 
 YAML file -> dotted overrides (`trainer.steps=20`) -> checks -> `RunConfig`. The resolved tree is written
 into the run directory. Paths are relative to the working directory. The parameters of the policy and of
-the losses belong to their own dataclasses (`ddkmix/policies`, `ddkmix/losses`), which check them.
+the losses belong to their own dataclasses (`ddkmix.policies`, `ddkmix.losses`), which check them.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ddkmix.errors import ConfigError
 from ddkmix.overrides import apply_override, read_yaml
+from ddkmix.sections import (
+    Evaluation,
+    Loader,
+    Mixture,
+    Named,
+    Optimizer,
+    Pack,
+    Schedule,
+    Section,
+    Seed,
+    Storage,
+    Student,
+    Teacher,
+    Tracking,
+    Trainer,
+)
 from ddkmix.validation import explain
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-class Section(BaseModel):
-    """A part of the config: frozen, and a key that it does not know is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class Named(BaseModel):
-    """`name` and the parameters of a policy or a loss, which checks them itself."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    name: str
-
-
-class Teacher(Section):
-    """The model to learn from."""
-
-    model: str
-    """Local folder or Hub id."""
-    revision: str | None = None
-    """Hub revision (branch, tag or commit)."""
-    dtype: Dtype = "bfloat16"
-    """Parameters are loaded in this type; the teacher is never trained."""
-
-
-class Student(Section):
-    """The model to train: pruned from the teacher, built from a config, or loaded."""
-
-    init: Literal["prune", "config", "load"]
-    """`prune`: the teacher with only `layers`. `config`: random parameters. `load`: `model` as it is."""
-    layers: tuple[Count, ...] | None = None
-    """For `prune`: teacher layers to keep, counted from 0, in order."""
-    model: str | None = None
-    """For `load`: local folder or Hub id. For `config`: where the base config comes from (or the teacher)."""
-    revision: str | None = None
-    """Hub revision of `model`."""
-    overrides: dict[str, int | float | bool | str] = {}
-    """For `config`: fields of the transformers config to change (`num_hidden_layers: 6`)."""
-
-    @model_validator(mode="after")
-    def _complete(self) -> "Student":
-        if self.init == "prune" and not self.layers:
-            raise ValueError("init = 'prune' needs `layers`, the teacher layers to keep")
-        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
-            raise ValueError(f"layers = {list(self.layers)} must increase without repeats")
-        if self.init == "load" and self.model is None:
-            raise ValueError("init = 'load' needs `model`, a local folder or a Hub id")
-        return self
-
-
-class Pack(Section):
-    """How documents become rows."""
-
-    seq_len: Annotated[int, Field(ge=2)] = 2048
-    """Tokens in a row."""
-    separator: str | None = None
-    """Token between documents; the tokenizer's end-of-sequence token when unset."""
-    strategy: Literal["concatenate", "best_fit"] = "concatenate"
-    """`concatenate`: documents end to end, cut where a row ends. `best_fit`: a document that fits into a row
-    is never cut; the rest of a row is padding."""
-    processes: Count = 0
-    """Parallel processes; 0 means one per core."""
-
-
-class Mixture(Section):
-    """Which domain serves which row, and what happens when one is used up."""
-
-    interval_steps: PositiveInt = 1000
-    """Optimizer steps between weight updates (DDK's K)."""
-    max_epochs: Positive | None = None
-    """Passes allowed over any domain; a card's own limit wins where it is smaller."""
-    on_cap: Literal["renormalize", "stop", "error"] = "renormalize"
-    """At a domain's limit: share its weight among the others, end the run, or fail."""
-    count: Literal["rows", "tokens"] = "rows"
-    """What a weight is a share of: rows, or tokens without padding."""
-    block_rows: PositiveInt = 8192
-    """Rows are permuted inside blocks of this many; larger mixes better, smaller reads more locally."""
-
-
-class Optimizer(Section):
-    """AdamW."""
-
-    lr: Positive = 3e-5
-    """Peak learning rate."""
-    beta1: Decay = 0.9
-    beta2: Decay = 0.95
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.1
-    """Applied to matrices; not to norms and biases."""
-    max_grad_norm: NonNegative = 1.0
-    """Gradients are clipped to this global norm; 0 switches clipping off."""
-
-
-class Schedule(Section):
-    """The learning rate as a multiple of its peak."""
-
-    name: Literal["cosine", "wsd", "constant"] = "cosine"
-    """`wsd`: warm-up, stable, then a cosine decay over the last `decay_steps`."""
-    warmup_steps: Count = 0
-    """Linear warm-up from 0."""
-    decay_steps: Count = 0
-    """Length of the decay; only for `wsd`."""
-    final_ratio: Share = 0.1
-    """Learning rate of the last step as a share of the peak."""
-
-
-class Loader(Section):
-    """How rows are read. No setting here changes which rows are served."""
-
-    workers: Count = 0
-    """Reader processes per rank."""
-    prefetch_steps: PositiveInt = 2
-    """Steps that each worker reads ahead."""
-    max_substitutes: Count = 100
-    """Rows whose bytes are damaged and that another row of their domain may stand in for, over the run and
-    all ranks together; 0 stops at the first."""
-
-
-class Storage(Section):
-    """How remote shards are read. No setting here changes which rows are served."""
-
-    mode: Literal["auto", "ranged", "spool"] = "auto"
-    """`ranged`: read the bytes of single rows. `spool`: copy whole shards to `folder` first. `auto`: copy
-    them ahead of time, and read rows by ranges, where the store can, until the copy is there."""
-    folder: Path | None = None
-    """Spooled shards, shared by all processes of a machine; `<cache_dir>/shards` when unset."""
-    max_gb: Positive = 100.0
-    """Shards are evicted, oldest use first, to keep the folder below this many gigabytes (10^9 bytes)."""
-    attempts: PositiveInt = 6
-    """Tries of one request, with exponential back-off, before the run stops."""
-    timeout_s: Positive = 60.0
-    """Seconds without an answer after which a try has failed."""
-    allow_pipe: bool = False
-    """Allow `pipe:COMMAND` locations in cards, which run COMMAND in a shell."""
-
-
-class Evaluation(Section):
-    """Held-out losses per domain."""
-
-    rows: PositiveInt = 500
-    """Held-out rows per domain (DDK: 500); all of them where a domain has fewer."""
-    batch_rows: PositiveInt = 8
-    """Rows in a forward pass."""
-
-
-class Trainer(Section):
-    """The loop."""
-
-    steps: PositiveInt
-    """Optimizer steps of the whole run."""
-    batch_rows: PositiveInt = 128
-    """Rows in an optimizer step, over all ranks and micro-batches."""
-    microbatch_rows: PositiveInt | None = None
-    """Rows in one forward and backward pass of one rank; unset means all of the rank's rows."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """`bf16`: the student computes in bfloat16 over float32 parameters."""
-    logits_chunk_tokens: PositiveInt = 256
-    """Tokens whose logits exist at one time."""
-    document_boundaries: bool = False
-    """Attention and positions restart at every document of a row: a token sees its own document and the
-    separator before it."""
-    gradient_checkpointing: bool = False
-    """Recompute the student's activations in the backward pass."""
-    checkpoint_steps: PositiveInt = 1000
-    """Steps between checkpoints; the last step always writes one."""
-    keep_checkpoints: PositiveInt = 2
-    """Older checkpoints are deleted."""
-    log_steps: PositiveInt = 10
-    """Steps between lines of metrics.jsonl."""
-
-
-class Tracking(Section):
-    """Experiment trackers beside the JSONL files, by Accelerate's names."""
-
-    trackers: tuple[str, ...] = ()
-    """For example [tensorboard], [wandb], [trackio]; each must be installed."""
-    project: str = "ddkmix"
+__all__ = [
+    "Evaluation",
+    "Loader",
+    "Mixture",
+    "Named",
+    "Optimizer",
+    "Pack",
+    "RunConfig",
+    "Schedule",
+    "Section",
+    "Storage",
+    "Student",
+    "Teacher",
+    "Tracking",
+    "Trainer",
+    "load_config",
+]
 
 
 class RunConfig(Section):
-    """A run."""
+    """A run: every setting, its default and its rule. Usually read from a file by `load_config`.
+
+    >>> from ddkmix import RunConfig
+    >>> config = RunConfig.model_validate({
+    ...     "run_dir": "runs/first",
+    ...     "domains": ["domains"],
+    ...     "teacher": {"model": "models/teacher"},
+    ...     "student": {"init": "prune", "layers": [0, 5, 11]},
+    ...     "trainer": {"steps": 30_000},
+    ... })
+    >>> config.mixture.interval_steps, config.policy.name, config.optimizer.lr
+    (1000, 'ddk', 3e-05)
+    """
 
     run_dir: Path
     """Everything that the run writes goes here."""
     domains: Annotated[tuple[str, ...], Field(min_length=1)]
     """Domain cards: files, globs or folders of cards."""
     teacher: Teacher
+    """The model to learn from."""
     student: Student
+    """The model to train."""
     trainer: Trainer
+    """Steps, batches, precision, checkpoints."""
     seed: Seed = 0
     """Seeds the order of the rows and, for `init: config`, the student's parameters."""
     cache_dir: Path = Path(".cache/ddkmix")
     """Packed rows and teacher losses, shared by runs."""
     pack: Pack = Pack()
+    """How documents become rows."""
     mixture: Mixture = Mixture()
+    """How often the weights move, and what happens when a domain is used up."""
     policy: Named = Named(name="ddk")
+    """How losses become mixture weights; see `ddkmix.policies`."""
     loss: tuple[Named, ...] = (
         Named.model_validate({"name": "cross_entropy", "weight": 1.0}),
         Named.model_validate({"name": "forward_kl", "weight": 0.2, "temperature": 1.0}),
     )
-    """Weighted sum of losses; DDK: cross-entropy + 0.2 x KL(teacher || student) at temperature 1."""
+    """Weighted sum of losses; DDK: cross-entropy + 0.2 x KL(teacher || student) at temperature 1
+    (arXiv 2407.16154, Eq. 3). See `ddkmix.losses`."""
     optimizer: Optimizer = Optimizer()
+    """AdamW's settings."""
     schedule: Schedule = Schedule()
+    """The learning rate over the run."""
     loader: Loader = Loader()
+    """How rows are read."""
     storage: Storage = Storage()
+    """How remote shards are read."""
     evaluation: Evaluation = Evaluation()
+    """How much held-out text is measured."""
     tracking: Tracking = Tracking()
+    """Experiment trackers."""
 
     @model_validator(mode="after")
     def _agree(self) -> "RunConfig":
@@ -251,6 +123,12 @@ class RunConfig(Section):
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML config and apply `key=value` overrides.
+
+        load_config(Path("configs/quickstart.yaml"), ["trainer.steps=20", "policy.uniform_mix=0.3"])
+
+    Args:
+        path: the YAML file.
+        overrides: dotted keys with YAML values, applied in order.
 
     Raises:
         ConfigError: the file, a key or a value is wrong; the message names it and the rule.

@@ -1,15 +1,15 @@
 """The exception tree.
 
-DdkmixError            every error that a user can cause; the CLI prints it as one line, exit code 2
-├── ConfigError        a config, an override or an argument is wrong
-├── DataError          a domain card, a shard or a packed row is wrong
-│   ├── RowError       a packed row is not the one that was packed (substituted, within a limit)
-│   ├── StorageError   a store cannot be reached or does not have the file (never taken for bad data)
-│   └── MixtureExhausted   no domain may serve another row (every one is at its max_epochs or unwanted)
-├── ModelError         a model or a tokenizer cannot be used as asked
-├── NumericsError      a loss or a gradient is not finite
-└── RunError           a run directory or a checkpoint cannot be read, written or resumed
-    └── Interrupted        a signal asked the run to stop, and it did so after a checkpoint
+    DdkmixError            every error that a user can cause; the CLI prints it as one line, exit code 2
+    ├── ConfigError        a config, an override or an argument is wrong
+    ├── DataError          a domain card, a shard or a packed row is wrong
+    │   ├── RowError       a packed row is not the one that was packed (substituted, within a limit)
+    │   ├── StorageError   a store cannot be reached or does not have the file (never taken for bad data)
+    │   └── MixtureExhausted   no domain may serve another row (every one is at its max_epochs or unwanted)
+    ├── ModelError         a model or a tokenizer cannot be used as asked
+    ├── NumericsError      a loss or a gradient is not finite
+    └── RunError           a run directory or a checkpoint cannot be read, written or resumed
+        └── Interrupted        a signal asked the run to stop, and it did so after a checkpoint
 
 A message says what is wrong, where, the value that was found, the rule, and the way out.
 """
@@ -17,9 +17,22 @@ A message says what is wrong, where, the value that was found, the rule, and the
 import difflib
 from collections.abc import Iterable
 
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "DdkmixError",
+    "Interrupted",
+    "MixtureExhausted",
+    "ModelError",
+    "NumericsError",
+    "RowError",
+    "RunError",
+    "StorageError",
+]
+
 
 class DdkmixError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base of every error that a user can cause and mend; its message is one line."""
 
 
 class ConfigError(DdkmixError):
@@ -39,7 +52,7 @@ class StorageError(DataError):
 
 
 class MixtureExhausted(DataError):
-    """No domain may serve another row."""
+    """No domain may serve another row: each is at its `max_epochs` or has no weight."""
 
 
 class ModelError(DdkmixError):

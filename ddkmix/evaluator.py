@@ -151,16 +151,18 @@ def row_nats(
     sums = torch.zeros(len(held_out.num_tokens), dtype=torch.float64)
     mine = list(range(rank, len(sums), world_size))
     most = -(-len(sums) // world_size)
-    for start in range(0, most, batch_rows):
-        chosen = mine[start : start + batch_rows]
-        input_ids, labels = rows.read(chosen or [0])
-        nats = token_nats(input_ids.to(device), labels.to(device)).double().cpu()
-        if chosen:
-            row_of = predicted(labels).nonzero()[:, 0]
-            sums[torch.tensor(chosen)] = torch.zeros(len(chosen), dtype=torch.float64).index_add(
-                0, row_of, nats
-            )
-    rows.close()
+    try:
+        for start in range(0, most, batch_rows):
+            chosen = mine[start : start + batch_rows]
+            input_ids, labels = rows.read(chosen or [0])
+            nats = token_nats(input_ids.to(device), labels.to(device)).double().cpu()
+            if chosen:
+                row_of = predicted(labels).nonzero()[:, 0]
+                sums[torch.tensor(chosen)] = torch.zeros(len(chosen), dtype=torch.float64).index_add(
+                    0, row_of, nats
+                )
+    finally:
+        rows.close()
     return sums
 
 

@@ -5,12 +5,13 @@ held-out rows of each domain x (student now, teacher once) -> DomainLosses
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ddkmix.config import Storage, Teacher
@@ -42,7 +43,8 @@ class GapEvaluator:
     Args:
         held_out: rows of each domain: packed ones, or your own dataset of items with `input_ids` and
             optionally `labels` (unshifted, -100 where nothing is predicted) and `attention_mask`.
-        teacher: a model, or the folder or Hub id of one; must share the student's vocabulary.
+        teacher: a model, measured on the device where it is, or the folder or Hub id of one; must share the
+            student's vocabulary.
         reference: instead of a teacher: losses to compare with, nats per token, by domain. With neither,
             the gap is the student's loss itself.
         rows: most rows of each domain; the same ones for every student.
@@ -54,8 +56,9 @@ class GapEvaluator:
         storage: how remote rows are read; the defaults of a config when None.
 
     Raises:
-        ConfigError: teacher and reference together, or reference losses of other domains.
-        DataError: a domain has nothing to predict.
+        ConfigError: teacher and reference together, reference losses of other domains or not finite, or a
+            dataset that is not map-style.
+        DataError: an item cannot be used, or a domain has nothing to predict.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class GapEvaluator:
         reference: Mapping[str, float] | None = None,
         rows: int = 500,
         batch_rows: int = 8,
-        logits: Callable[[nn.Module, Tensor], Tensor] | None = None,
+        logits: Callable[[nn.Module, Int[Tensor, "B T"]], Float[Tensor, "B T V"]] | None = None,
         teacher_dtype: str = "float32",
         cache_dir: Path | str = ".cache/ddkmix",
         storage: Storage | None = None,
@@ -77,12 +80,15 @@ class GapEvaluator:
             raise ConfigError(
                 f"reference losses are of {sorted(reference)} and held-out rows of {sorted(held_out)}."
             )
+        if reference is not None and not all(map(isfinite, reference.values())):
+            raise ConfigError(f"reference losses are {dict(reference)}; each must be a finite number.")
         if rows < 1 or batch_rows < 1 or not held_out:
             raise ConfigError(
                 f"rows = {rows}, batch_rows = {batch_rows}, held_out of {sorted(held_out)}; the numbers must "
                 "be at least 1, and there must be a domain."
             )
-        self.domains = tuple(sorted(held_out))
+        self.domains: tuple[str, ...] = tuple(sorted(held_out))
+        """Names of the domains, sorted."""
         self._held_out: dict[str, HeldOutRows] = {
             name: _select(name, held_out[name], rows) for name in self.domains
         }
@@ -110,7 +116,7 @@ class GapEvaluator:
         Args:
             cards: card files, globs or folders.
             tokenizer: local folder or Hub id.
-            seq_len, separator, strategy, processes: as in the section `pack` of a config.
+            seq_len, separator, strategy, processes: as in `ddkmix.config.Pack`: tokens in a row, and so on.
             cache_dir: where packed rows and the teacher's sums are kept.
             storage: how remote shards are read.
             options: other arguments of the constructor.
@@ -177,21 +183,29 @@ class GapEvaluator:
             if (known := evaluator.cached(cache)) is not None:
                 return known
             teacher = load_teacher(Teacher.model_validate({"model": name, "dtype": self._teacher_dtype}))
-        with _evaluating(teacher):
-            return evaluator.sums(self._token_nats(teacher.to(evaluator.device)), cache)
+            teacher.to(evaluator.device)
+        # in its own precision, whatever the loop around trains in: the sums are kept under that name
+        with _evaluating(teacher), torch.autocast(evaluator.device.type, enabled=False):
+            return evaluator.sums(self._token_nats(teacher), cache)
 
     def _token_nats(self, model: nn.Module) -> TokenNats:
         """Cross-entropy of the predicted tokens of a batch, from the model's logits."""
 
+        device, classes = _device_of(model), _embedded(model)
+
         @torch.no_grad()
         def nats(input_ids: Tensor, labels: Tensor) -> Tensor:
+            input_ids, labels = input_ids.to(device), labels.to(device)
+            largest = int(torch.maximum(input_ids, labels).max())
+            _check_vocabulary(model, largest, classes)  # before the forward pass: a GPU does not recover
             logits = self._logits(model, input_ids)
-            if logits.shape[:2] != input_ids.shape or logits.shape[2] <= int(input_ids.max()):
+            if logits.ndim != 3 or logits.shape[:2] != input_ids.shape:
                 raise ModelError(
                     f"{type(model).__name__} gives logits {tuple(logits.shape)} for tokens "
-                    f"{tuple(input_ids.shape)} up to {int(input_ids.max())}; they must be (B, T, V) with a "
-                    "class for every token. Pass logits=... if it is called in another way."
+                    f"{tuple(input_ids.shape)}; they must be (B, T, V). Pass logits=... if it is called in "
+                    "another way."
                 )
+            _check_vocabulary(model, largest, logits.shape[2])
             where = predicted(labels)
             chosen, targets = logits[:, :-1][where], labels[:, 1:][where]
             parts = zip(torch.split(chosen, _CHUNK_TOKENS), torch.split(targets, _CHUNK_TOKENS), strict=True)
@@ -208,13 +222,32 @@ def _select(name: str, rows: Any, limit: int) -> HeldOutRows:
 
 def _logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
     found = model(input_ids)
-    logits = found if isinstance(found, Tensor) else getattr(found, "logits", None)
+    if isinstance(found, Tensor):
+        return found
+    logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
     if not isinstance(logits, Tensor):
         raise ModelError(
-            f"{type(model).__name__} gives {type(found).__name__} and no logits; pass logits=(model, "
+            f"{type(model).__name__} gives a {type(found).__name__} without logits; pass logits=(model, "
             "input_ids) -> logits to GapEvaluator."
         )
     return logits
+
+
+def _check_vocabulary(model: nn.Module, largest: int, classes: int | None) -> None:
+    if classes is not None and largest >= classes:
+        raise ModelError(
+            f"{type(model).__name__} knows {classes} tokens and held-out rows have token {largest}; teacher "
+            "and student must share the tokenizer of the rows."
+        )
+
+
+def _embedded(model: nn.Module) -> int | None:
+    """Tokens that a transformers model, wrapped or not, has embeddings for; None of other models."""
+    for module in model.modules():
+        embeddings: Any = getattr(module, "get_input_embeddings", None)
+        if embeddings is not None:
+            return getattr(embeddings(), "num_embeddings", None)
+    return None
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -14,9 +14,10 @@ from typing import Any, TypedDict, Unpack
 
 from ddkmix.config import Storage
 from ddkmix.errors import ConfigError, RowError
+from ddkmix.fingerprint import hash_json
 from ddkmix.index import DomainRows
 from ddkmix.item_tasks import Collate
-from ddkmix.own_rows import MapDataset, OwnRows, own_rows
+from ddkmix.own_rows import MapDataset, Numbers, OwnRows, own_rows
 from ddkmix.pack.cards import pack_cards
 from ddkmix.planned_mixture import PlannedMixture
 from ddkmix.planner import OnCap
@@ -55,7 +56,9 @@ class DomainMixture(PlannedMixture[Any]):
     Iterating gives dicts of tensors: `input_ids` (b, T) int64, `labels` (b, T) int64 (equal to input_ids,
     -100 where there is only padding; not shifted, as transformers expects) and `domain_ids` (b,) int64
     into `domains`, with b = batch_rows / world_size. The stream ends when no domain may serve another row.
-    Nothing is read before the first batch is asked for.
+    Nothing is read before the first batch is asked for (but a few items of own datasets, to know them again).
+
+    Axis letters: b rows of this rank, T tokens in a row, N domains.
 
     Args:
         rows: packed train rows of each domain, all of one `seq_len`.
@@ -70,11 +73,11 @@ class DomainMixture(PlannedMixture[Any]):
         max_epochs: passes allowed over any domain; a card's own limit wins where it is smaller.
         on_cap: "renormalize", "stop" or "error" at that limit.
         count: what a weight is a share of: rows, or tokens without padding.
-        block_rows: see `order`.
+        block_rows: rows are permuted inside blocks of this many.
         max_substitutes: damaged rows that other rows of their domain may stand in for.
         storage: how remote shards are read; the defaults of a config when None.
         document_boundaries: batches hold `position_ids` (b, T) that restart at every document, from which
-            models of transformers keep documents apart (`segments`).
+            models of transformers keep documents apart.
         collate_fn: makes a batch of a list of items, of your own datasets only.
 
     Raises:
@@ -121,6 +124,7 @@ class DomainMixture(PlannedMixture[Any]):
             num_rows=lambda: batch_rows // self.ranks[1],
             num_workers=num_workers,
             prefetch_steps=prefetch_steps,
+            seed=lambda: int(hash_json([seed, self.ranks[0], self.state.step])[:12], 16),
         )
         self.substitutions: list[Substitution] = []
         """Damaged rows of this rank for which others stood in, in the order of the stream."""
@@ -145,8 +149,8 @@ class DomainMixture(PlannedMixture[Any]):
         Args:
             cards: card files, globs or folders.
             tokenizer: local folder or Hub id.
-            seq_len, separator, strategy, processes: as in the section `pack` of a config.
-            batch_rows: rows in the global batch.
+            seq_len, separator, strategy, processes: as in `ddkmix.config.Pack`: tokens in a row, and so on.
+            batch_rows: rows in the global batch of one optimizer step.
             cache_dir: where packed rows are kept.
             options: other arguments of the constructor.
 
@@ -173,13 +177,32 @@ class DomainMixture(PlannedMixture[Any]):
         datasets: Mapping[str, MapDataset],
         *,
         batch_rows: int,
-        num_tokens: Mapping[str, Sequence[int]] | None = None,
+        num_tokens: Mapping[str, Numbers] | None = None,
         **options: Unpack[MixtureOptions],
     ) -> "DomainMixture":
         """The mixture of datasets that you already have; nothing is packed.
 
         Batches are what `collate_fn` makes of the items of a micro-batch; None is torch's `default_collate`.
-        A saved state is of the same data when lengths and a few items are the same.
+        A saved state is of the same data when lengths, `num_tokens` and a few items are the same; of a
+        dataset that draws its items at random, when lengths are. What items draw in workers is seeded anew
+        with every start of the workers, from seed, rank and step.
+
+        >>> from ddkmix import DomainMixture
+        >>> mixture = DomainMixture.from_datasets(
+        ...     {"code": ["a", "b", "c"], "prose": ["x", "y", "z"]},
+        ...     batch_rows=4,
+        ...     weights={"code": 0.75, "prose": 0.25},
+        ...     collate_fn=list,
+        ... )
+        >>> batch = next(mixture)
+        >>> [len({"a", "b", "c"} & set(batch)), len({"x", "y", "z"} & set(batch))]
+        [3, 1]
+        >>> mixture.set_weights({"code": 0.0, "prose": 1.0})
+        >>> batch = next(mixture)
+        >>> mixture.served
+        {'code': 3, 'prose': 5}
+        >>> mixture.state.step
+        2
 
         Args:
             datasets: one map-style dataset per domain: lists, `datasets.Dataset`, torch datasets.
@@ -203,7 +226,17 @@ class DomainMixture(PlannedMixture[Any]):
         domain_ids: bool = False,
         device: Any = None,
     ) -> StepLoader:
-        """Batches for a loop that is not ours: see `step_loader.StepLoader`."""
+        """Batches for a loop that is not ours: see `ddkmix.StepLoader`.
+
+        Args:
+            steps: optimizer steps of the whole run; None goes on until the domains are used up.
+            microbatches: batches for each step (gradient accumulation).
+            domain_ids: add `domain_ids` (b,) int64 to every batch that is a dict.
+            device: where tensors are moved; None leaves them on the CPU.
+
+        Raises:
+            ConfigError: `steps` or `microbatches` is wrong.
+        """
         return StepLoader(self, steps=steps, microbatches=microbatches, domain_ids=domain_ids, device=device)
 
     def close(self) -> None:

@@ -10,10 +10,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ddkmix.config import Storage
-from ddkmix.errors import DataError
+from ddkmix.errors import ConfigError, DataError
 from ddkmix.evaluator import OpenRows
 from ddkmix.fingerprint import hash_json
-from ddkmix.own_rows import MapDataset, read_item
+from ddkmix.own_rows import MapDataset, count_items, integers, read_item
 from ddkmix.sources import IGNORE
 
 
@@ -22,7 +22,7 @@ class OwnHeldOut:
     """The items that a domain is measured on."""
 
     domain: str
-    items: tuple[tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]], ...]
+    items: tuple[tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]], ...]
     """(input_ids, labels) of each."""
     num_tokens: Int[np.ndarray, " R"]
     """Predicted tokens of each item."""
@@ -62,11 +62,12 @@ def select_items(domain: str, dataset: MapDataset, limit: int) -> OwnHeldOut:
         limit: the most items.
 
     Raises:
+        ConfigError: the dataset is not map-style.
         DataError: an item lacks `input_ids` or pads at its start, or no item has a token to predict.
     """
-    count = len(dataset)
+    count = count_items(f"held_out[{domain!r}]", dataset)
     chosen = sorted({count * k // min(limit, count) for k in range(min(limit, count))}) if count else []
-    items = [_tokens_of(domain, i, read_item(domain, dataset, i)) for i in chosen]
+    items = [_tokens_of(domain, i, read_item(domain, dataset, i, where="held_out")) for i in chosen]
     kept = tuple(pair for pair in items if (pair[1][1:] != IGNORE).any())
     if not kept:
         raise DataError(f"domain {domain!r}: its held-out items have no token to predict; add text.")
@@ -78,9 +79,10 @@ def _tokens_of(domain: str, i: int, item: Any) -> tuple[Int[np.ndarray, " T"], I
     where = f"held_out[{domain!r}][{i}]"
     if not isinstance(item, Mapping) or "input_ids" not in item:
         raise DataError(f"{where} has no input_ids; give items as tokenizers make them.")
-    ids = np.array(item["input_ids"], dtype=np.int64)
-    labels = np.array(item["labels"] if item.get("labels") is not None else ids, dtype=np.int64)
-    mask = np.array(item.get("attention_mask", np.ones_like(ids)), dtype=bool)
+    ids = _column(where, item, "input_ids")
+    labels = ids if item.get("labels") is None else _column(where, item, "labels")
+    seen = item.get("attention_mask")
+    mask = np.ones(ids.shape, dtype=bool) if seen is None else np.asarray(_on_cpu(seen)) != 0
     if ids.ndim != 1 or ids.shape != labels.shape or ids.shape != mask.shape:
         raise DataError(
             f"{where} has input_ids {ids.shape}, labels {labels.shape}, attention_mask {mask.shape}; they "
@@ -89,6 +91,20 @@ def _tokens_of(domain: str, i: int, item: Any) -> tuple[Int[np.ndarray, " T"], I
     length = int(mask.sum())
     if not mask[:length].all():
         raise DataError(
-            f"{where} is padded at its start; pad at the end, where a causal model cannot see it."
+            f"{where} is padded elsewhere than at its end; pad there, where a causal model cannot see it."
         )
-    return ids[:length].copy(), labels[:length].copy()
+    ids, labels = ids[:length].copy(), labels[:length].copy()
+    if ids.min(initial=0) < 0 or labels[labels != IGNORE].min(initial=0) < 0:
+        raise DataError(f"{where} has token ids below 0; only labels may be, and only {IGNORE}.")
+    return ids, labels
+
+
+def _column(where: str, item: Mapping[str, Any], name: str) -> Int[np.ndarray, "..."]:
+    try:
+        return integers(f"{where}[{name!r}]", _on_cpu(item[name]))
+    except ConfigError as error:
+        raise DataError(str(error)) from None
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, Tensor) else value

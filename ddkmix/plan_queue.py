@@ -53,8 +53,10 @@ class PlanQueue:
         return plan
 
     def rewind(self, state: PlannerState) -> None:
-        """Go on from `state`; nothing is pending any more."""
+        """Go on from `state`; nothing is pending any more, and what came after it never was."""
         self.consumed = self.ahead = state
+        for step in [step for step in self._recent if step > state.step]:
+            del self._recent[step]
         self._recent[state.step] = state
         self._pending.clear()
 
@@ -62,21 +64,20 @@ class PlanQueue:
         """The states of earlier steps belong to another stream."""
         self._recent.clear()
 
-    @property
-    def weights(self) -> tuple[int, ...]:
-        """In force at the loop's next step, in units of 2^-32; all 0 when nothing may be served any more."""
+    def weights_after(self, state: PlannerState) -> tuple[int, ...]:
+        """In force at the step after it, in units of 2^-32; all 0 when nothing may be served any more."""
         try:
-            return effective_weights(self.settings, self.consumed)
+            return effective_weights(self.settings, state)
         except MixtureExhausted:
             return (0,) * len(self.settings.domains)
 
-    def state_at(self, step: int | None) -> PlannerState:
-        """The state after `step` steps; after the last one when None.
+    def state_at(self, step: int) -> PlannerState:
+        """The state after `step` steps.
 
         Raises:
             ConfigError: that step is not among the last 64.
         """
-        state = self.consumed if step is None else self._recent.get(step)
+        state = self._recent.get(step)
         if state is None:
             raise ConfigError(f"state_dict(step={step}): known steps are {list(self._recent)}.")
         return state

@@ -21,7 +21,17 @@ from ddkmix.types import simplex_vector
 
 
 class PlannedMixture(Generic[R]):
-    """What is common to everything that serves rows by mixture weights."""
+    """What is common to everything that serves rows by mixture weights.
+
+    Args:
+        stream: rows, order and settings.
+        weights: mixture weights by domain, normalised here; natural ones when None.
+        rank: this process, from 0; when None, that of torch.distributed or of the environment.
+        world_size: processes that batches are dealt to. None with `rank`.
+
+    Raises:
+        ConfigError: weights or ranks are wrong.
+    """
 
     def __init__(
         self,
@@ -30,24 +40,22 @@ class PlannedMixture(Generic[R]):
         rank: int | None,
         world_size: int | None,
     ) -> None:
-        """See `loader.DomainMixture`.
-
-        Raises:
-            ConfigError: weights or ranks are wrong.
-        """
         if (rank is None) != (world_size is None):
             raise ConfigError(f"rank = {rank}, world_size = {world_size}; give both or neither.")
         self._ranks = None if rank is None or world_size is None else (rank, world_size)
-        self.stream = stream
+        self.stream: Stream[R] = stream
         """Rows, order and settings."""
-        self.domains = stream.settings.domains
+        self.domains: tuple[str, ...] = stream.settings.domains
+        """Names of the domains, sorted; `domain_ids` are places in it."""
         check_ranks(self.settings.batch_rows, *(self._ranks or current_rank()))
         vector = self.natural_weights
         if weights is not None:
             vector = simplex_vector(weights, self.domains, where="mixture weights")
         self._plans = PlanQueue(self.settings, initial_state(self.settings, vector), stream.tokens_of)
         self.last_plan: StepPlan | None = None
-        """The plan of the last batch, of all ranks."""
+        """The plan of the last batch, of all ranks; None before the first and after a state was loaded."""
+        self.loads: int = 0
+        """States loaded so far: whoever holds a part of a step from before must let go of it."""
 
     @property
     def natural_weights(self) -> Float[np.ndarray, " N"]:
@@ -67,7 +75,8 @@ class PlannedMixture(Generic[R]):
     @property
     def weights(self) -> dict[str, float]:
         """The mixture weights in force at the next step, by domain (without domains at their cap)."""
-        return {name: weight / ROW for name, weight in zip(self.domains, self._plans.weights, strict=True)}
+        weights = self._plans.weights_after(self.state)
+        return {name: weight / ROW for name, weight in zip(self.domains, weights, strict=True)}
 
     @property
     def served(self) -> dict[str, int]:
@@ -91,8 +100,8 @@ class PlannedMixture(Generic[R]):
         """Change the mixture weights; the next batch follows them.
 
         Args:
-            weights: one number per domain, normalised here; or the integers of `planner.quantise`, which
-                ranks exchange because they are exact.
+            weights: one number per domain, normalised here; or the integers of `ddkmix.planner.quantise`,
+                which ranks exchange because they are exact.
 
         Raises:
             ConfigError: they are not a distribution over the domains.
@@ -116,7 +125,7 @@ class PlannedMixture(Generic[R]):
         Raises:
             ConfigError: that step is not among the last 64.
         """
-        return to_json(self.stream.identity, self._plans.state_at(step))
+        return to_json(self.stream.identity, self.state if step is None else self._plans.state_at(step))
 
     def load_state_dict(self, state: Mapping[str, Any], *, allow_changes: bool = False) -> list[str]:
         """Go on from a saved state.
@@ -136,10 +145,15 @@ class PlannedMixture(Generic[R]):
         planner, changes = from_json(state, self.stream.identity, natural, allow_changes=allow_changes)
         self._plans.forget()
         self._rewind(planner)
+        self.last_plan, self.loads = None, self.loads + 1
         return changes
 
     def row_names(self, plan: StepPlan) -> list[str]:
-        """The names of a plan's rows (`code/train-000003.tar#17`), all ranks, in slot order."""
+        """The names of a plan's rows (`code/train-000003.tar#17`), all ranks, in slot order.
+
+        Args:
+            plan: of any step of this mixture, for example `last_plan`.
+        """
         return self.stream.row_names(plan)
 
     @property

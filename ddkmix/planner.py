@@ -21,6 +21,8 @@ from ddkmix.apportion import ROW, apportion, share_out, split
 from ddkmix.errors import ConfigError, DataError, MixtureExhausted
 from ddkmix.fingerprint import hash_json
 
+__all__ = ["PlanSettings", "PlannerState", "StepPlan", "quantise"]
+
 OnCap = Literal["renormalize", "stop", "error"]
 TokensOf = Callable[[int, int], int]
 """(domain, j) -> tokens without padding in the domain's j-th row."""
@@ -31,6 +33,7 @@ class PlanSettings:
     """What stays the same during a run."""
 
     domains: tuple[str, ...]
+    """Names, sorted; the other tuples are in this order."""
     batch_rows: int
     """Rows in the global batch of one optimizer step."""
     num_rows: tuple[int, ...]
@@ -38,6 +41,7 @@ class PlanSettings:
     cap_rows: tuple[int | None, ...]
     """Rows that each domain may serve in the run; None means no limit."""
     on_cap: OnCap = "renormalize"
+    """At that limit: share the domain's weight among the others, end the stream, or raise an error."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +65,11 @@ class PlannerState:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "PlannerState":
-        """The state that `to_json` wrote."""
+        """The state that `to_json` wrote.
+
+        Args:
+            value: its dict, unchanged.
+        """
         return cls(
             step=value["step"],
             version=value["version"],
@@ -77,20 +85,29 @@ class PlannerState:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepPlan:
-    """The global batch of one optimizer step; slot i holds row `row_numbers[i]` of domain `domain_ids[i]`."""
+    """The global batch of one optimizer step; slot i holds row `row_numbers[i]` of domain `domain_ids[i]`.
+
+    Axis letter: B rows in the global batch.
+    """
 
     step: int
-    """Counted from 0."""
+    """Number of the step, from 0."""
     version: int
-    """The weight change that it follows."""
+    """Number of the weight change that it follows, from 0."""
     domain_ids: Int[np.ndarray, " B"]
-    """Sorted, so that ranks and micro-batches that take every n-th slot share each domain evenly."""
+    """Places in `PlanSettings.domains`; sorted, so that ranks and micro-batches that take every n-th slot
+    share each domain evenly."""
     row_numbers: Int[np.ndarray, " B"]
-    """The j of `order.locate`."""
+    """Rows that the domain has served before this one, over all epochs and ranks."""
 
 
 def quantise(weights: Float[np.ndarray, " N"]) -> tuple[int, ...]:
     """Mixture weights as integers that sum to 2^32; a positive weight never becomes 0.
+
+    >>> import numpy as np
+    >>> from ddkmix.planner import quantise
+    >>> quantise(np.array([0.75, 0.25]))
+    (3221225472, 1073741824)
 
     Args:
         weights: a point of the simplex.

@@ -6,10 +6,11 @@ Frameworks start `torch.distributed` in their own way and time, so it is asked w
 
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from ddkmix.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def current_rank() -> tuple[int, int]:
@@ -42,17 +43,18 @@ def sum_over_ranks(tensor: Any) -> Any:
     return tensor
 
 
-def from_main(values: Sequence[int]) -> tuple[int, ...]:
-    """Integers of rank 0, on every process.
+def from_main(value: T) -> T:
+    """Rank 0's value, on every process.
 
     Args:
-        values: this process's own; as many on every one.
+        value: this process's own, small; only rank 0's counts.
     """
-    return tuple(everyones(values)[0])
+    found: T = everyones(value)[0]
+    return found
 
 
 def everyones(value: Any) -> list[Any]:
-    """A small JSON-able value of every process, by rank, on every process."""
+    """A small value of every process, by rank, on every process."""
     distributed = _distributed()
     if distributed is None:
         return [value]

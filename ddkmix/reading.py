@@ -30,6 +30,7 @@ class ReadAhead:
         num_rows: Callable[[], int],
         num_workers: int,
         prefetch_steps: int,
+        seed: Callable[[], int] = lambda: 0,
     ) -> None:
         """Read nothing yet.
 
@@ -39,6 +40,8 @@ class ReadAhead:
             num_rows: called when reading starts: rows of each task.
             num_workers: reader processes; 0 reads in this one.
             prefetch_steps: tasks that each of them has under way.
+            seed: called when reading starts: of what a user's dataset draws in the reader processes, which
+                should differ between ranks and from one start to the next.
 
         Raises:
             ConfigError: one of the last two is out of range.
@@ -49,7 +52,7 @@ class ReadAhead:
                 "each must read at least 1 step ahead."
             )
         self._source, self._tasks, self._num_rows = source, tasks, num_rows
-        self._num_workers, self._prefetch_steps = num_workers, prefetch_steps
+        self._num_workers, self._prefetch_steps, self._seed = num_workers, prefetch_steps, seed
         self._version = Value("q", 0, lock=False)
         self._batches: Iterator[Batch] | None = None
         self._ring: Ring | None = None
@@ -122,9 +125,18 @@ class ReadAhead:
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch_steps if self._num_workers else None,
             collate_fn=_as_it_is,  # the default one walks through every value
-            generator=Generator(),  # its own, or starting workers would move the run's random state
+            # its own, or starting workers would move the run's random state
+            generator=Generator().manual_seed(self._seed()),
         )
-        return iter(loader)
+        try:
+            return iter(loader)
+        except (AttributeError, TypeError, ValueError) as error:
+            if not self._num_workers or "pickle" not in str(error).lower():
+                raise
+            raise ConfigError(
+                f"workers cannot be started ({' '.join(str(error).split())}); where processes are not "
+                "forked, datasets and collate_fn must be of a module's top level. Or use num_workers=0."
+            ) from error
 
     def _placed_tasks(self) -> Iterator[Task]:
         for task in self._tasks():

@@ -7,18 +7,22 @@ the places where their framework lets them.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from ddkmix.errors import ConfigError, DataError, RunError
+from ddkmix.errors import ConfigError, DataError, DdkmixError, RunError
 from ddkmix.planned_mixture import PlannedMixture
 from ddkmix.planner import quantise
 from ddkmix.policies import PolicyState, WeightPolicy, next_state, policy_of, weights_of
 from ddkmix.ranks import everyones, from_main
 from ddkmix.types import DomainLosses
 
+__all__ = ["MeasuresModels", "Reweighter"]
+
 STATE_FORMAT = 1
+_STATE_KEYS = {"mixture", "policy", "settings", "measured_at", "measure_now"}
 
 
 @runtime_checkable
@@ -26,15 +30,19 @@ class MeasuresModels(Protocol):
     """What a `Reweighter` wants of an evaluator; `GapEvaluator` is one."""
 
     def measure(self, model: Any, /) -> DomainLosses:
-        """Held-out losses of every domain."""
+        """Held-out losses of every domain, nats per token.
+
+        Args:
+            model: the student as it is now.
+        """
         ...
 
 
 class Reweighter:
     """Keeps the weights of a mixture where a policy wants them.
 
-    On several ranks every one makes the same calls; rank 0's weights count. All that a resumed run needs
-    is in `state_dict`: the mixture's place, the policy's memory, and when was measured last.
+    On several ranks every one makes the same calls, and what rank 0's losses lead to counts for all. All that
+    a resumed run needs is in `state_dict`: the mixture's place, the policy's memory, when was measured last.
 
     Args:
         mixture: a `DomainMixture` or a `MixtureBatchSampler`.
@@ -67,17 +75,20 @@ class Reweighter:
                 f"the evaluator measures {list(measured)} and the mixture has {list(mixture.domains)}; they "
                 "must be of the same domains."
             )
-        self.mixture = mixture
+        self.mixture: PlannedMixture[Any] = mixture
         """What it sets the weights of."""
-        self.policy = policy_of(policy)
+        self.policy: WeightPolicy = policy_of(policy)
         """What it asks."""
-        self.interval_steps = interval_steps
+        self.interval_steps: int = interval_steps
+        """Optimizer steps between two measurements."""
         self.losses: DomainLosses | None = None
         """The last measurement in this process."""
         self._evaluator, self._on_losses = evaluator, on_losses
         self.policy_state: PolicyState | None = None
         """What the policy remembers, with its `mixture_weights`; None before the first measurement."""
         self._measured_at: int | None = None
+        self._measure_now = False
+        """Whether the policy has lost its memory, so that weights do not wait for the interval's end."""
 
     def step(self, model: Any, done: int) -> DomainLosses | None:
         """Measure and set the weights if an interval ends here; call it after every optimizer step.
@@ -96,7 +107,8 @@ class Reweighter:
             NumericsError: a loss is not finite; the weights stay.
         """
         self.check_step(done)
-        if done % self.interval_steps or done == self._measured_at:
+        due = done % self.interval_steps == 0 or self._measure_now
+        if not due or done == self._measured_at:
             return None
         if self._evaluator is None:
             raise ConfigError("this Reweighter has no evaluator; give it one, or call update(losses).")
@@ -142,14 +154,29 @@ class Reweighter:
             raise ConfigError(
                 f"losses are of {list(losses.domains)} and the mixture has {list(self.mixture.domains)}."
             )
-        state = next_state(self.policy, self.policy_state, losses, self.mixture.natural_weights)
-        wanted = weights_of(state, losses)
-        exact = quantise(np.array([wanted[name] for name in self.mixture.domains]))
-        self.mixture.set_weights(from_main(exact))
+        state, exact = self._decide(losses)
+        self.mixture.set_weights(exact)
         check_agreement(self.mixture, "weight update")
         self.policy_state, self._measured_at, self.losses = state, self.mixture.state.step, losses
+        self._measure_now = False
         self._on_losses(self.mixture.state.step, losses, self.mixture.weights)
         return self.mixture.weights
+
+    def _decide(self, losses: DomainLosses) -> tuple[PolicyState, tuple[int, ...]]:
+        """Rank 0's policy state and weights (or its error) on every rank, so that none goes on alone."""
+        state: PolicyState = {}
+        exact: tuple[int, ...] = ()
+        problem = None
+        try:
+            state = next_state(self.policy, self.policy_state, losses, self.mixture.natural_weights)
+            wanted = weights_of(state, losses)
+            exact = quantise(np.array([wanted[name] for name in self.mixture.domains]))
+        except DdkmixError as error:
+            problem = error
+        state, exact, problem = from_main((state, exact, problem))
+        if problem is not None:
+            raise problem
+        return state, exact
 
     def metrics(self) -> dict[str, float]:
         """Numbers for a logger: weights and epochs of every domain, and the losses of the last measurement.
@@ -178,7 +205,18 @@ class Reweighter:
             "format": STATE_FORMAT,
             "mixture": self.mixture.state_dict(done),
             "policy": self.policy_state,
+            "settings": self._settings(),
             "measured_at": self._measured_at,
+            "measure_now": self._measure_now,
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """What weights depend on beside losses; JSON-able."""
+        kind = type(self.policy)
+        name = f"{kind.__module__}:{kind.__qualname__}"
+        return {
+            "policy": f"{name} {self.policy!r}" if is_dataclass(self.policy) else name,
+            "interval_steps": self.interval_steps,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, allow_changes: bool = False) -> list[str]:
@@ -186,8 +224,8 @@ class Reweighter:
 
         Args:
             state: what `state_dict` gave.
-            allow_changes: go on although domains, their data or settings have changed; a policy of other
-                domains begins anew, with a measurement.
+            allow_changes: go on although domains, their data, settings, the policy or the interval have
+                changed; another policy, or one of other domains, begins anew at once, with a measurement.
 
         Returns:
             What has changed, one phrase each; empty when everything goes on exactly.
@@ -195,16 +233,26 @@ class Reweighter:
         Raises:
             DataError: it is no such state, or something has changed and `allow_changes` is not set.
         """
-        if state.get("format") != STATE_FORMAT or "mixture" not in state:
+        if state.get("format") != STATE_FORMAT or not set(state) >= _STATE_KEYS:
             raise DataError(
                 f"this is no state of a Reweighter of this version (format {state.get('format')!r}, wanted "
                 f"{STATE_FORMAT}); load what its state_dict gave."
             )
+        was, now = state["settings"], self._settings()
+        changed = [name for name in now if was.get(name) != now[name]]
+        own = [f"{name} was {was.get(name)!r} and is {now[name]!r}" for name in changed]
+        if own and not allow_changes:
+            raise DataError(
+                f"the saved state is of another Reweighter: {'; '.join(own)}. Restore these to go on "
+                "exactly, or load it with allow_changes=True."
+            )
         changes = self.mixture.load_state_dict(state["mixture"], allow_changes=allow_changes)
         same_domains = list(state["mixture"]["data"]) == list(self.mixture.domains)
-        self.policy_state = state["policy"] if same_domains else None
-        self._measured_at = state["measured_at"] if same_domains else None
-        return changes
+        anew = not same_domains or "policy" in changed
+        self.policy_state = None if anew else state["policy"]
+        self._measured_at = None if anew else state["measured_at"]
+        self._measure_now = anew or state["measure_now"]
+        return changes + own
 
 
 def check_agreement(mixture: PlannedMixture[Any], when: str) -> None:

@@ -22,6 +22,8 @@ from ddkmix.rows import OpenFiles, RowReader
 from ddkmix.storage.reader import ByteReader
 from ddkmix.stream import Stream
 
+__all__ = ["Substitution"]
+
 _ATTEMPTS = 8
 """Substitutes to try for one row; when all are bad, it is not a matter of single rows."""
 
@@ -46,16 +48,21 @@ class Substitution:
     """A row that was not the one that was packed, and the row of its domain that was served instead."""
 
     domain: str
+    """The domain of both."""
     j: int
+    """Rows that the domain had served before this one."""
     attempt: int
-    """Substitutes that were damaged too."""
+    """Substitute rows that were damaged too."""
     shard: str
+    """The damaged row's shard."""
     row: int
-    """The damaged row."""
+    """The damaged row's number in its shard."""
     substitute_shard: str
+    """The shard of the row that stands in for it."""
     substitute_row: int
-    """The row that stands in for it."""
+    """That row's number in its shard."""
     reason: str
+    """What is wrong with the damaged row."""
 
     @property
     def name(self) -> str:

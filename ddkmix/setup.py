@@ -35,16 +35,24 @@ def train(
     allow_changes: bool = False,
     on_losses: Callable[[int, DomainLosses, dict[str, float]], None] = lambda *_: None,
 ) -> DomainLosses:
-    """A whole run: check, pack, measure, train, save the student. Returns the losses at the end.
+    """A whole run: check, pack, measure, train, save the student to `config.run_dir`.
 
     Args:
         config: the run.
         resume: go on from the newest checkpoint of `config.run_dir`.
         allow_changes: resume although domains, their data, mixture, policy or batch_rows have changed.
-        on_losses: called on the main rank with (step, losses, weights in force) at every evaluation.
+        on_losses: called on the main rank with (step, losses, weights in force) at every evaluation; losses
+            in nats per token, weights by domain.
+
+    Returns:
+        The held-out losses at the end, nats per token.
 
     Raises:
-        DdkmixError: see `preflight.check`, `checkpoint.find_run` and `trainer.run_loop`.
+        ConfigError: the config does not fit its domains or its models.
+        DataError: a card, a shard or too many rows are wrong, or a store cannot be reached.
+        ModelError: a model or a tokenizer cannot be used as asked.
+        NumericsError: a loss or a gradient is not finite.
+        RunError: `config.run_dir` cannot be written or resumed, or (`Interrupted`) a signal asked to stop.
     """
     prepared = check(config)
     accelerator = _accelerator(config)
@@ -77,8 +85,16 @@ def train(
 def measure_gaps(config: RunConfig) -> tuple[DomainLosses, WeightPolicy]:
     """Held-out losses of a config's student, as it is built or loaded, beside its teacher's.
 
+    Args:
+        config: the run; nothing is trained.
+
+    Returns:
+        The losses, nats per token, and the policy that the config names.
+
     Raises:
-        DdkmixError: see `preflight.check`.
+        ConfigError: the config does not fit its domains or its models.
+        DataError: a card, a shard or a held-out row is wrong, or a store cannot be reached.
+        ModelError: a model or a tokenizer cannot be used as asked.
     """
     prepared = check(config)
     accelerator = _accelerator(config)

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
-from ddkmix.errors import ConfigError
-from ddkmix.planner import PlannerState, deal
+from ddkmix.errors import ConfigError, RunError
+from ddkmix.planner import deal
 from ddkmix.sources import with_domain_ids
 
 
@@ -18,15 +18,24 @@ class StepLoader:
 
     Part p of a step holds every `microbatches`-th row of this rank from row p on, as in ddkmix's own trainer.
     An iteration starts with the step after the mixture's state, wherever that is, and ends after step `steps`
-    of the run; one that was left in the middle of a step is taken up there. No step is taken before it is
-    asked for, so what the loop has received is what the mixture's state says.
+    of the run; one that was left in the middle of a step is taken up there, unless another state was loaded.
+    No step is taken before it is asked for, so what the loop has received is what the mixture's state says.
+
+    >>> from ddkmix import DomainMixture
+    >>> mixture = DomainMixture.from_datasets({"code": [1, 2], "math": [3]}, batch_rows=4, collate_fn=list)
+    >>> loader = mixture.loader(steps=3, microbatches=2)
+    >>> len(loader), [len(batch) for batch in loader]
+    (6, [2, 2, 2, 2, 2, 2])
+    >>> mixture.state.step
+    3
 
     Args:
         mixture: a `DomainMixture`.
         steps: optimizer steps of the whole run; None goes on until the domains are used up.
         microbatches: batches for each step (gradient accumulation).
-        domain_ids: add `domain_ids` (b,) int64 to every batch that is a dict; models refuse them.
-        device: where tensors are moved (a torch device or its name); None leaves them on the CPU.
+        domain_ids: add `domain_ids` (b,) int64 to every batch, which must be a dict; models refuse them.
+        device: where the tensors of a batch are moved, in whatever they are nested (a torch device or its
+            name); None leaves them on the CPU.
 
     Raises:
         ConfigError: `steps` or `microbatches` is below 1, or a rank's rows cannot be dealt into so many.
@@ -43,13 +52,19 @@ class StepLoader:
     ) -> None:
         if microbatches < 1 or (steps is not None and steps < 1):
             raise ConfigError(f"steps = {steps}, microbatches = {microbatches}; both must be at least 1.")
-        self.mixture = mixture
+        self.mixture: Any = mixture
         """The `DomainMixture`."""
-        self.steps, self.microbatches = steps, microbatches
+        self.steps: int | None = steps
+        """Optimizer steps of the whole run."""
+        self.microbatches: int = microbatches
+        """Batches for each step."""
         self._domain_ids, self._device = domain_ids, device
         self._rest: deque[Any] = deque()
         """Micro-batches of the present step that nobody has received."""
-        self._rest_of: PlannerState | None = None
+        self._rest_step = 0
+        """Steps before it."""
+        self._loads = 0
+        """States that had been loaded when it was taken."""
         self.mixture.check_parts(self.microbatches)
 
     def __len__(self) -> int:
@@ -68,52 +83,73 @@ class StepLoader:
         Raises:
             DataError: a row cannot be read, or `on_cap` is "error" and a domain is used up.
         """
-        if self._rest_of is not self.mixture.state:
-            self._rest.clear()  # another state was loaded, or somebody else took a step
-        while True:
-            if not self._rest and not self._next_step():
-                return
-            yield self._rest.popleft()
+        while self._is_within_step() or self._next_step():
+            batch = self._moved(self._rest[0])
+            self._rest.popleft()  # only now: a batch that the device has no room for can be asked for again
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able state after the last step of which every micro-batch was received."""
-        step = self.mixture.state.step
-        unfinished = bool(self._rest) and self._rest_of is self.mixture.state
-        state: dict[str, Any] = self.mixture.state_dict(step - 1 if unfinished else step)
-        return state
+        """JSON-able state after the last step of which every micro-batch was received.
+
+        Raises:
+            RunError: weights were set in the middle of the present step; a state before it lacks them.
+        """
+        if not self._is_within_step():
+            whole: dict[str, Any] = self.mixture.state_dict()
+            return whole
+        before: dict[str, Any] = self.mixture.state_dict(self._rest_step)
+        if before["planner"]["version"] != self.mixture.state.version:
+            raise RunError(
+                f"weights were set between two micro-batches of step {self._rest_step + 1}, and a state "
+                "before that step lacks them; save after its last micro-batch, or set weights there."
+            )
+        return before
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state.
 
+        Args:
+            state: what `state_dict` gave.
+
         Raises:
             DataError: it is of other data or settings.
         """
-        self._rest.clear()
         self.mixture.load_state_dict(state)
+
+    def _is_within_step(self) -> bool:
+        """Whether micro-batches of a step are left that the loop has not received."""
+        if self._loads != self.mixture.loads:
+            self._rest.clear()
+        return bool(self._rest)
 
     def _next_step(self) -> bool:
         """Take the micro-batches of one more step; False at the end."""
-        if self.steps is not None and self.mixture.state.step >= self.steps:
+        step = self.mixture.state.step
+        if self.steps is not None and step >= self.steps:
             return False
         self.mixture.check_parts(self.microbatches)
         try:
             parts = self.mixture.next_parts(self.microbatches)
         except StopIteration:
             return False
-        plan = self.mixture.last_plan
-        if self._domain_ids:
-            ids = plan.domain_ids[deal(plan, *self.mixture.ranks)]
-            parts = [with_domain_ids(part, ids[i :: self.microbatches]) for i, part in enumerate(parts)]
-        self._rest = deque(parts if self._device is None else map(self._moved, parts))
-        self._rest_of = self.mixture.state
+        self._rest = deque(self._named(parts) if self._domain_ids else parts)
+        self._rest_step, self._loads = step, self.mixture.loads
         return True
 
-    def _moved(self, batch: Any) -> Any:
-        from torch import Tensor
+    def _named(self, parts: list[Any]) -> list[Any]:
+        """The micro-batches with the domain of each row."""
+        if not isinstance(parts[0], MutableMapping):
+            raise ConfigError(
+                f"domain_ids = True and batches are {type(parts[0]).__name__}s; let collate_fn give a dict."
+            )
+        plan = self.mixture.last_plan
+        ids = plan.domain_ids[deal(plan, *self.mixture.ranks)]
+        return [with_domain_ids(part, ids[i :: self.microbatches]) for i, part in enumerate(parts)]
 
-        if not isinstance(batch, MutableMapping):
-            return batch.to(self._device, non_blocking=True) if isinstance(batch, Tensor) else batch
-        for name, value in batch.items():
-            if isinstance(value, Tensor):
-                batch[name] = value.to(self._device, non_blocking=True)
-        return batch
+    def _moved(self, batch: Any) -> Any:
+        if self._device is None:
+            return batch
+        from accelerate import utils
+
+        move: Any = utils.send_to_device
+        return move(batch, self._device, non_blocking=True)

@@ -13,7 +13,26 @@ LN_2 = float(np.log(2.0))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DomainLosses:
-    """What one evaluation says about every domain; position i of each array belongs to `domains[i]`."""
+    """What one evaluation says about every domain; position i of each array belongs to `domains[i]`.
+
+    >>> import numpy as np
+    >>> from ddkmix import DomainLosses
+    >>> losses = DomainLosses(
+    ...     domains=("code", "prose"),
+    ...     student_loss=np.array([3.0, 2.5]),
+    ...     teacher_loss=np.array([1.0, 2.0]),
+    ...     student_error=np.array([0.02, 0.02]),
+    ...     gap_error=np.array([0.01, 0.01]),
+    ...     num_tokens=np.array([1000, 1000]),
+    ...     num_bytes=np.array([4000, 5000]),
+    ... )
+    >>> losses.loss_gap.tolist()
+    [2.0, 0.5]
+    >>> losses.perplexity_ratio.round(3).tolist()
+    [7.389, 1.649]
+    >>> losses.student_bits_per_byte.round(3).tolist()
+    [1.082, 0.721]
+    """
 
     domains: tuple[str, ...]
     """Domain names, sorted."""
@@ -38,12 +57,13 @@ class DomainLosses:
 
         Args:
             student_loss: mean cross-entropy of the student by domain, nats per token.
-            reference: the same of the teacher, or of whatever the student should reach; 0 when None, so that
-                the gap is the loss itself.
+            reference: the same of the teacher, or of whatever the student should reach, nats per token; 0
+                when None, so that the gap is the loss itself.
 
         Raises:
             ConfigError: the two are not of the same domains, or there are none.
 
+        >>> from ddkmix import DomainLosses
         >>> DomainLosses.from_means({"math": 3.0, "code": 2.5}, {"code": 2.0, "math": 1.0}).loss_gap.tolist()
         [0.5, 2.0]
         """
@@ -92,7 +112,10 @@ class DomainLosses:
         return bits
 
     def to_json(self) -> dict[str, dict[str, float | None]]:
-        """One entry per domain, every number a plain Python one; None (JSON's null) if it is not finite."""
+        """One entry per domain, every number a plain Python one; None (JSON's null) if it is not finite.
+
+        Keys are the fields and properties of this class, in their units.
+        """
         columns = {
             "student_loss": self.student_loss,
             "teacher_loss": self.teacher_loss,

@@ -30,6 +30,7 @@ LAYERS = {
     "overrides": 1,
     "validation": 1,
     "plugins": 1,
+    "sections": 1,
     "config": 2,
     # documents -> rows
     "storage": 3,

@@ -19,7 +19,7 @@ def drawn_tree():
     """name -> name of its base, from the picture in the module's docstring."""
     parents, path = {}, []
     for line in errors.__doc__.splitlines():
-        match = re.match(r"^([│├└─ ]*)([A-Z]\w+) ", line)
+        match = re.match(r"^ {4}([│├└─ ]*)([A-Z]\w+) ", line)
         if match and match[2] in CLASSES:
             depth = len(match[1]) // 4
             path[depth:] = [match[2]]

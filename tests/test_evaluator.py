@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ddkmix.config import Teacher
 from ddkmix.distillation import DistillationModel, predicted
 from ddkmix.errors import DataError
-from ddkmix.evaluator import Evaluator, HeldOut, NatsCache, row_nats, select_rows, summarise
+from ddkmix.evaluator import Evaluator, HeldOut, NatsCache, OpenRows, row_nats, select_rows, summarise
 from ddkmix.models import load_teacher
 from ddkmix.rows import RowReader
 from ddkmix.trainer import token_nats
@@ -482,3 +482,53 @@ def test_saving_leaves_one_file_per_domain_and_no_temporary_one(tmp_path):
     """Named after the domain."""
     evaluator_of(tmp_path).sums(nats_of_labels, NatsCache(tmp_path / "cache", "m"))
     assert ["code", "math"] == sorted(path.name.split("-")[0] for path in (tmp_path / "cache").iterdir())
+
+
+def test_what_is_cached_is_read_without_a_model(tmp_path):
+    """All domains or none: a teacher is loaded if one of them is missing."""
+    cache, evaluator = NatsCache(tmp_path / "cache", "m"), evaluator_of(tmp_path)
+    assert evaluator.cached(cache) is None
+    sums = evaluator.sums(nats_of_labels, cache)
+    found = evaluator.cached(cache)
+    assert {name: values.tolist() for name, values in sums.items()} == {
+        name: values.tolist() for name, values in found.items()
+    }
+    next((tmp_path / "cache").glob("math-*")).unlink()
+    assert evaluator.cached(cache) is None
+
+
+def test_what_another_rank_lacks_is_not_taken_from_the_cache(tmp_path):
+    """All ranks load the teacher, or none."""
+    cache = NatsCache(tmp_path / "cache", "m")
+    evaluator_of(tmp_path).sums(nats_of_labels, cache)
+    assert evaluator_of(tmp_path, reduce=lambda tensor: tensor + 1.0).cached(cache) is None
+
+
+@pytest.mark.parametrize(("world_size", "batch_rows"), [(2, 1), (3, 2), (4, 5), (20, 2)])
+def test_every_rank_calls_the_model_equally_often(tmp_path, world_size, batch_rows):
+    """Wrapped models exchange data in their forward pass: a rank that calls once less hangs the others."""
+    held_out, calls = select_rows(random_rows(tmp_path), 9), []
+    for rank in range(world_size):
+        model = Counted()
+        row_nats(held_out, model, batch_rows=batch_rows, device=CPU, rank=rank, world_size=world_size)
+        calls.append(model.calls)
+    assert [math.ceil(math.ceil(9 / world_size) / batch_rows)] * world_size == calls
+
+
+def test_files_are_closed_when_a_model_fails(tmp_path):
+    """A measurement that is tried again and again would run out of them."""
+    held_out, closed = select_rows(random_rows(tmp_path), 9), []
+
+    class Watched:
+        num_tokens = held_out.num_tokens
+
+        def open(self, storage):
+            rows = held_out.open(storage)
+            return OpenRows(rows.read, lambda: (closed.append(1), rows.close())[1])
+
+    def fails(input_ids, labels):
+        raise ValueError("no luck")
+
+    with pytest.raises(ValueError, match="no luck"):
+        row_nats.__wrapped__(Watched(), fails, batch_rows=4, device=CPU)
+    assert [1] == closed

@@ -883,7 +883,7 @@ def test_other_errors_of_workers_are_not_hidden(
             "batch_rows = 12 rows cannot be dealt evenly to 5 processes; use a positive",
             {"rank": 0, "world_size": 5},
         ),
-        ("batch_rows = 0 rows cannot be dealt", {"batch_rows": 0}),
+        ("batch_rows = 0, block_rows = 8192", {"batch_rows": 0}),
         ("rank = 2 of 2 processes", {"rank": 2, "world_size": 2}),
         ("rank = 0 of 0 processes", {"rank": 0, "world_size": 0}),
         ("rank = None, world_size = 2; give both", {"world_size": 2}),
@@ -994,3 +994,119 @@ def test_cards_take_the_strategy_of_packing(folder: Path, tokenizer_folder: Path
         next(mixture)
         mixture.close()
     assert counts["concatenate"] < counts["best_fit"]
+
+
+# --- steps in parts, and public types ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_parts_of_a_step_are_its_rows_dealt_out(
+    names: Names, mixture_of: Callable[..., DomainMixture], num_workers: int
+) -> None:
+    """However many parts are asked for, from step to step, the rows are those of whole batches."""
+    mixture, whole = mixture_of(num_workers=num_workers), mixture_of()
+    for parts in (1, 3, 3, 2, 4, 1):
+        batch = next(whole)
+        dealt = mixture.next_parts(parts)
+        assert parts == len(dealt)
+        for part, micro in enumerate(dealt):
+            assert torch.equal(batch["input_ids"][part::parts], micro["input_ids"])
+            assert torch.equal(batch["labels"][part::parts], micro["labels"])
+    assert whole.state == mixture.state
+
+
+def test_a_loader_of_packed_rows_has_what_transformers_takes(
+    mixture_of: Callable[..., DomainMixture],
+) -> None:
+    """input_ids and labels; `domain_ids` on request only, because models refuse what they do not know."""
+    mixture = mixture_of()
+    batch = next(iter(mixture.loader(microbatches=2)))
+    assert {"input_ids": (6, 16), "labels": (6, 16)} == {k: tuple(v.shape) for k, v in batch.items()}
+    batch = next(iter(mixture_of().loader(microbatches=2, domain_ids=True)))
+    assert (6,) == tuple(batch["domain_ids"].shape)
+
+
+def test_no_plan_is_left_from_before_a_load(mixture_of: Callable[..., DomainMixture]) -> None:
+    """`last_plan` belongs to the last batch, and after a load there is none."""
+    mixture = mixture_of()
+    next(mixture)
+    mixture.load_state_dict(mixture.state_dict())
+    assert mixture.last_plan is None
+
+
+USER = """
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from ddkmix import DomainLosses, DomainMixture, GapEvaluator, MixtureBatchSampler, Reweighter, StepLoader
+from ddkmix import domain_indices, reweight
+
+
+class Items(Dataset[dict[str, torch.Tensor]]):
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.arange(i + 2)}
+
+
+def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.cat([item["input_ids"] for item in items])}
+
+
+model = nn.Linear(1, 1)
+mixture = DomainMixture.from_datasets(
+    {"code": Items(), "math": [{"input_ids": torch.ones(2)}]},
+    batch_rows=4,
+    num_tokens={"code": np.arange(10), "math": [1]},
+    collate_fn=collate,
+    max_epochs=3,
+    on_cap="stop",
+)
+lists = DomainMixture.from_datasets({"code": [1, 2], "math": (3, 4)}, batch_rows=2)
+evaluator = GapEvaluator({"code": Items(), "math": Items()}, reference={"code": 1.0, "math": 2}, rows=5)
+reweighter = Reweighter(mixture, evaluator, {"name": "ddk", "signal": "loss_gap"}, interval_steps=10)
+loader: StepLoader = mixture.loader(steps=3, microbatches=2, device="cpu")
+for batch in loader:
+    losses: DomainLosses | None = reweighter.step(model, mixture.state.step)
+mixture.set_weights({"code": 1, "math": 2.5})
+state: dict[str, Any] = reweighter.state_dict()
+changes: list[str] = reweighter.load_state_dict(state, allow_changes=True)
+numbers: dict[str, float] = reweighter.metrics()
+sampler = MixtureBatchSampler(domain_indices(["code", "math"]), batch_rows=2)
+for batch in sampler.follow(DataLoader(Items(), batch_sampler=sampler)):
+    pass
+Reweighter(sampler, None).update(DomainLosses.from_means({"code": 1.0, "math": 2.0}))
+weights, memory = reweight("ddk", DomainLosses.from_means({"code": 1.0, "math": 2.0}))
+share: float = weights["code"]
+"""
+WRONG = """
+from ddkmix import DomainMixture, MixtureBatchSampler
+
+DomainMixture.from_datasets({"code": [1, 2]}, batch_rows="two")
+DomainMixture.from_datasets({"code": [1, 2]}, batch_rows=2, on_cap="never")
+DomainMixture.from_datasets({"code": [1, 2]}, batch_rows=2, unknown=1)
+DomainMixture.from_datasets({"code": iter([1, 2])}, batch_rows=2)
+MixtureBatchSampler({"code": ["a"]}, batch_rows=2)
+"""
+
+
+def test_users_may_check_their_types(tmp_path: Path) -> None:
+    """A program of every public name passes mypy's strict mode, and each of five mistakes is found."""
+    from mypy import api
+
+    right, wrong = tmp_path / "right.py", tmp_path / "wrong.py"
+    right.write_text(USER)
+    wrong.write_text(WRONG)
+    root = Path(__file__).parents[1]
+    options = ["--strict", "--config-file", str(root / "pyproject.toml"), "--follow-imports", "silent"]
+    options += ["--cache-dir", str(root / ".mypy_cache")]
+    output, problems, _ = api.run([*options, str(right), str(wrong)])
+    errors = [line for line in output.splitlines() if ": error:" in line]
+    assert "" == problems
+    assert [] == [line for line in errors if "right.py" in line]
+    assert [4, 5, 6, 7, 8] == sorted({int(line.split(":")[1]) for line in errors if "wrong.py" in line})

@@ -42,7 +42,7 @@ def test_plans_are_consumed_in_their_order() -> None:
     assert START == queue.consumed
     for step in range(5):
         assert plans[step] is queue.consume()
-        assert expected[step + 1] == queue.consumed == queue.state_at(None)
+        assert expected[step + 1] == queue.consumed == queue.state_at(step + 1)
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
@@ -132,3 +132,15 @@ def test_rows_are_counted_in_tokens_where_asked_for() -> None:
         queue.plan()
         queue.consume()
     assert (4, 8) == queue.consumed.served
+
+
+def test_states_that_were_taken_back_are_no_longer_known() -> None:
+    """Steps after the one gone back to will be planned anew."""
+    queue = queue_of()
+    for _ in range(4):
+        queue.plan()
+        queue.consume()
+    queue.rewind(queue.state_at(2))
+    assert (2, 1) == (queue.state_at(2).step, queue.state_at(1).step)
+    with pytest.raises(ConfigError, match=r"state_dict\(step=3\): known steps are \[0, 1, 2\]"):
+        queue.state_at(3)

@@ -49,9 +49,9 @@ def test_bits_per_byte_by_hand():
 
 
 def test_bits_per_byte_of_no_bytes_do_not_divide_by_zero():
-    """A row whose text covers no byte counts as one."""
+    """Where nobody counted bytes there is no number (nan), and no warning."""
     losses = replace(LOSSES, num_bytes=np.array([0, 500]))
-    assert np.isfinite(losses.student_bits_per_byte).all()
+    assert [False, True] == np.isfinite(losses.student_bits_per_byte).tolist()
 
 
 def test_json_holds_one_entry_per_domain_in_plain_numbers():
@@ -127,4 +127,36 @@ def test_weights_that_are_no_distribution_are_one_line(weights, message):
     with pytest.raises(ConfigError) as error:
         simplex_vector(weights, ("a", "b"), where="policy.weights")
     assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+# --- losses that somebody else has measured ---------------------------------------------------------
+
+
+def test_means_become_losses_sorted_by_domain():
+    """What nobody has measured is nan or 0, and None in JSON."""
+    losses = DomainLosses.from_means({"math": 3.0, "code": 2.5}, {"code": 2.0, "math": 1.0})
+    assert ("code", "math") == losses.domains
+    assert ([2.5, 3.0], [2.0, 1.0]) == (losses.student_loss.tolist(), losses.teacher_loss.tolist())
+    assert [0.5, 2.0] == losses.loss_gap.tolist()
+    assert np.isnan([losses.student_error, losses.gap_error, losses.student_bits_per_byte]).all()
+    assert ([0, 0], [0, 0]) == (losses.num_tokens.tolist(), losses.num_bytes.tolist())
+    assert losses.to_json()["code"]["student_error"] is None
+    assert json.dumps(losses.to_json())
+
+
+def test_without_a_reference_the_gap_is_the_loss():
+    """As an excess over nothing."""
+    losses = DomainLosses.from_means({"code": 2.5})
+    assert ([2.5], [0.0]) == (losses.loss_gap.tolist(), losses.teacher_loss.tolist())
+
+
+@pytest.mark.parametrize(
+    ("student", "reference"),
+    [({}, None), ({}, {}), ({"code": 1.0}, {"math": 1.0}), ({"code": 1.0, "math": 1.0}, {"code": 1.0})],
+)
+def test_means_of_different_domains_are_refused(student, reference):
+    """In one line with both."""
+    with pytest.raises(ConfigError, match="give one of each for the same domains") as error:
+        DomainLosses.from_means(student, reference)
     assert "\n" not in str(error.value)

@@ -152,8 +152,9 @@ def accelerate(side: Side, clock: Clock) -> None:
 
 def trainer(side: Side, clock: Clock) -> None:
     """transformers' Trainer."""
-    from ddkmix.integrations.transformers import MixtureTrainer
     from transformers import Trainer, TrainingArguments
+
+    from ddkmix.integrations.transformers import MixtureTrainer
 
     model = student()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -187,6 +188,7 @@ def trainer(side: Side, clock: Clock) -> None:
 def lightning(side: Side, clock: Clock) -> None:
     """Lightning."""
     import lightning as pl
+
     from ddkmix.integrations.lightning import MixtureCallback, MixtureDataModule
 
     class Student(pl.LightningModule):

@@ -27,6 +27,8 @@ from ddkmix.policies import WeightPolicy
 from ddkmix.reweighting import MeasuresModels, Reweighter
 from ddkmix.types import DomainLosses
 
+__all__ = ["MixtureMixin", "MixtureTrainer", "mixture_trainer"]
+
 _PACKING = (
     "packing=True would put rows of several domains into one; turn it off, or pack each domain (ddkmix pack) "
     "and give DomainMixture.from_cards(...)."
@@ -43,13 +45,14 @@ class MixtureMixin(_Base):
     Takes the arguments of the trainer that it is mixed into, and:
 
     Args:
+        args, kwargs: those of the trainer.
         train_dataset: `{domain: map-style dataset}`, from which a mixture of the trainer's own batch size,
             seed, workers and collator is made; or a `DomainMixture`, whose `batch_rows` must be
             per_device_train_batch_size x gradient_accumulation_steps x processes, and whose own workers read.
         evaluator: a `GapEvaluator`: it measures the model at step 0 and every `interval_steps`, and the
             weights follow. When None they stay, unless you call `trainer.reweighter.update(losses)` or
             `trainer.mixture.set_weights(weights)` in a callback of yours.
-        policy, interval_steps, on_losses: as in `Reweighter`.
+        policy, interval_steps, on_losses: as in `Reweighter`; steps of the optimizer, nats per token.
         mixture_options: other arguments of `DomainMixture.from_datasets` for a dict of datasets, for example
             `{"weights": {...}, "max_epochs": 4}`.
 

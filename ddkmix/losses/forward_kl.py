@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+__all__ = ["forward_kl"]
+
 _NO_MASS = -1e30
 """A finite logarithm whose exponential is 0 in every float type."""
 
@@ -23,7 +25,25 @@ def forward_kl(
     temperature: float = 1.0,
     scale_by_temperature: bool = True,
 ) -> Float[Tensor, " n"]:
-    """Per token, nats (times temperature**2 if so scaled)."""
+    """KL(teacher || student) of each token, nats; `ddkmix.losses.ForwardKL` is this in a config.
+
+    >>> import torch
+    >>> from ddkmix.losses.forward_kl import forward_kl
+    >>> logits = torch.tensor([[3.0, 1.0]]).log()
+    >>> forward_kl(logits, logits).tolist()
+    [0.0]
+    >>> [round(value, 4) for value in forward_kl(torch.zeros(1, 2), logits).tolist()]
+    [0.1308]
+
+    Args:
+        student_logits: of the tokens that predict; the result is differentiable in them.
+        teacher_logits: of the same tokens.
+        temperature: divides the logits of both; > 0.
+        scale_by_temperature: multiply the result by temperature**2.
+
+    Returns:
+        Nats per token, times temperature**2 if so scaled.
+    """
     if temperature != 1.0:  # at 1 a division would only copy the two largest tensors of the step
         student_logits, teacher_logits = student_logits / temperature, teacher_logits / temperature
     log_q = F.log_softmax(student_logits, dim=-1)

@@ -3,6 +3,8 @@
 A policy is a frozen dataclass whose fields are its parameters. Its state is JSON-able and holds
 `mixture_weights`; the history of states is the history of weights. No torch, no IO, no logging.
 To add one: write the file, add a line to `POLICIES`. Outside the package: `name: package.module:Class`.
+
+Axis letter: N domains, in the order of `ddkmix.DomainLosses.domains`.
 """
 
 from collections.abc import Mapping
@@ -16,25 +18,49 @@ from ddkmix.errors import ConfigError, NumericsError
 from ddkmix.plugins import build
 from ddkmix.policies.ddk import Ddk
 from ddkmix.policies.static import Static
+from ddkmix.policies.update import exponentiated_update
 from ddkmix.types import DomainLosses, simplex_vector
 
+__all__ = [
+    "POLICIES",
+    "Ddk",
+    "PolicyState",
+    "Static",
+    "WeightPolicy",
+    "exponentiated_update",
+    "reweight",
+]
+
 PolicyState = dict[str, Any]
+"""What a policy remembers between intervals: JSON-able, with `mixture_weights`, a list of N shares that sum
+to 1. Every other key is the policy's own."""
 
 
 @runtime_checkable
 class WeightPolicy(Protocol):
-    """What a policy must offer."""
+    """What a policy must offer: two pure functions."""
 
     def init(self, losses: DomainLosses, natural_weights: Float[np.ndarray, " N"]) -> PolicyState:
-        """The state before the first step, from the losses of the untrained student."""
+        """The state before the first step.
+
+        Args:
+            losses: those of the untrained student, nats per token.
+            natural_weights: shares of the corpus as it is; sum to 1.
+        """
         ...
 
     def update(self, state: PolicyState, losses: DomainLosses) -> PolicyState:
-        """The state for the next interval."""
+        """The state for the next interval.
+
+        Args:
+            state: what `init` or the last `update` gave.
+            losses: those at the end of the last interval, nats per token.
+        """
         ...
 
 
 POLICIES: dict[str, type] = {"ddk": Ddk, "static": Static}
+"""The policies that a config can name; see `Ddk` and `Static`."""
 
 
 def build_policy(spec: Named) -> WeightPolicy:
@@ -59,6 +85,11 @@ def policy_of(policy: "str | Mapping[str, Any] | WeightPolicy") -> WeightPolicy:
     if isinstance(policy, str):
         policy = {"name": policy}
     if not isinstance(policy, Mapping):
+        if isinstance(policy, type) or not isinstance(policy, WeightPolicy):
+            raise ConfigError(
+                f"policy = {policy!r}; give a name, a mapping with a name and parameters, or an object with "
+                "init and update."
+            )
         return policy
     built: WeightPolicy = build(dict(policy), POLICIES, where="policy")
     return built
@@ -73,7 +104,7 @@ def reweight(
     """One update of a policy as a plain function: losses in, mixture weights out.
 
     Args:
-        policy: see `policy_of`.
+        policy: `"ddk"`, `{"name": "ddk", "signal": "loss_gap"}`, or an object with `init` and `update`.
         losses: held-out losses of every domain, nats per token.
         state: what the last call returned; None the first time.
         natural_weights: shares of the domains in the corpus, for policies that start from them; uniform when
@@ -86,6 +117,7 @@ def reweight(
         ConfigError: the policy or its weights are wrong.
         NumericsError: a loss is not finite.
 
+    >>> from ddkmix import DomainLosses, reweight
     >>> losses = DomainLosses.from_means({"code": 3.0, "math": 2.0}, {"code": 1.0, "math": 1.0})
     >>> weights, state = reweight({"name": "ddk", "signal": "loss_gap"}, losses)
     >>> weights  # DDK's first interval follows the corpus

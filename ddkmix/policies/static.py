@@ -11,13 +11,31 @@ from ddkmix.types import DomainLosses, simplex_vector
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Static:
-    """Uniform, natural or given weights."""
+    """Uniform, natural or given weights, w_{t+1} = w_t.
+
+    Uniform is the "equal sampling" that DDK is held against (arXiv 2407.16154, Table 5).
+
+    >>> import numpy as np
+    >>> from ddkmix import DomainLosses
+    >>> from ddkmix.policies import Static
+    >>> losses = DomainLosses.from_means({"code": 3.0, "prose": 2.5})
+    >>> Static(weights={"code": 3.0, "prose": 1.0}).init(losses, natural_weights=np.array([0.2, 0.8]))
+    {'mixture_weights': [0.75, 0.25]}
+    """
 
     weights: Literal["uniform", "natural"] | dict[str, float] = "uniform"
     """`uniform`: 1/N each. `natural`: by rows available (or the cards' priors). Or one number per domain."""
 
     def init(self, losses: DomainLosses, natural_weights: Float[np.ndarray, " N"]) -> dict[str, Any]:
-        """The weights of the whole run."""
+        """The weights of the whole run.
+
+        Args:
+            losses: only its domains count.
+            natural_weights: shares of the corpus as it is; sum to 1.
+
+        Raises:
+            ConfigError: `weights` does not give one number >= 0 for each domain.
+        """
         if self.weights == "natural":
             vector = natural_weights
         elif self.weights == "uniform":
@@ -28,5 +46,10 @@ class Static:
         return {"mixture_weights": vector.tolist()}
 
     def update(self, state: dict[str, Any], losses: DomainLosses) -> dict[str, Any]:
-        """The same weights."""
+        """The same weights.
+
+        Args:
+            state: what `init` gave.
+            losses: not looked at.
+        """
         return state

@@ -12,13 +12,30 @@ def exponentiated_update(
     step_size: float,
     uniform_mix: float,
 ) -> Float[np.ndarray, " N"]:
-    """log of: weights * exp(step_size * score), normalised, then mixed with uniform.
+    """One exponentiated step with a uniform floor, in log space.
+
+        psi[i] = w[i] exp(step_size * score[i])
+        w'[i]  = (1 - uniform_mix) * psi[i] / sum_j psi[j] + uniform_mix / N
+
+    This is DDK's Eq. 2 (arXiv 2407.16154; step_size 1, uniform_mix 1 - alpha) and the weight update of
+    DoReMi's Algorithm 1 (arXiv 2305.10429; eta, c).
+
+    >>> import numpy as np
+    >>> from ddkmix.policies import exponentiated_update
+    >>> log_weights = exponentiated_update(
+    ...     np.log([0.5, 0.5]), np.log([3.0, 1.0]), step_size=1.0, uniform_mix=0.5
+    ... )
+    >>> np.exp(log_weights).round(6).tolist()
+    [0.625, 0.375]
 
     Args:
         log_weights: logarithms of the present weights, up to a common constant.
         score: any finite numbers, 1e300 as well as 1; only their differences count.
         step_size: eta of the exponentiated step.
         uniform_mix: share of the result that is uniform, in [0, 1].
+
+    Returns:
+        Logarithms of the new weights, whose exponentials sum to 1; -inf for a share of nothing.
     """
     log_p = log_softmax(log_weights + step_size * score)
     with np.errstate(divide="ignore"):  # log(0): a share of nothing

@@ -9,7 +9,7 @@ import pytest
 
 from ddkmix.config import Named
 from ddkmix.errors import ConfigError, NumericsError
-from ddkmix.policies import POLICIES, build_policy, next_state, weights_of
+from ddkmix.policies import POLICIES, build_policy, next_state, policy_of, reweight, weights_of
 from ddkmix.policies.ddk import Ddk
 from ddkmix.policies.static import Static
 from tests.conftest import domain_losses
@@ -161,3 +161,63 @@ def test_weights_of_a_state_by_domain():
     """Position i of a state belongs to domain i."""
     losses = domain_losses([1.0, 2.0], domains=["code", "math"])
     assert {"code": 0.25, "math": 0.75} == weights_of({"mixture_weights": [0.25, 0.75]}, losses)
+
+
+# --- policies as plain functions --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["ddk", {"name": "ddk"}, Named(name="ddk").model_dump(), Ddk()],
+    ids=["name", "dict", "spec", "it"],
+)
+def test_a_policy_may_be_given_in_three_ways(policy):
+    """By name, by name and parameters, or as it is."""
+    assert Ddk() == policy_of(policy)
+
+
+def test_an_object_that_is_a_policy_is_taken_as_it_is():
+    """It needs to be no dataclass."""
+
+    class Plain:
+        def init(self, losses, natural_weights):
+            return {"mixture_weights": natural_weights.tolist()}
+
+        def update(self, state, losses):
+            return state
+
+    policy = Plain()
+    assert policy is policy_of(policy)
+
+
+@pytest.mark.parametrize(
+    "policy", [{}, {"signal": "loss_gap"}, {"name": "ddk", "alpha": 1}, "dkd", {"name": 5}]
+)
+def test_a_policy_that_is_none_is_one_line(policy):
+    """As in a config."""
+    with pytest.raises(ConfigError, match="policy") as error:
+        policy_of(policy)
+    assert "\n" not in str(error.value)
+
+
+def test_a_class_is_no_policy():
+    """Its methods would be called without an object, at the first interval."""
+    with pytest.raises(ConfigError, match="give a name, a mapping with a name and parameters, or an object"):
+        policy_of(Ddk)
+
+
+def test_reweight_is_the_policy_with_all_its_checks():
+    """Weights by name and a state to hand in again; the first follows the corpus, or nothing."""
+    losses = domain_losses([1.0, 3.0], domains=["code", "math"])
+    spec = {"name": "tests.policies.test_policies:Proportional"}
+    weights, state = reweight(spec, losses)
+    assert {"code": 0.25, "math": 0.75} == pytest.approx(weights)
+    assert [0.25, 0.75] == pytest.approx(state["mixture_weights"])
+    assert {"code": 0.1, "math": 0.9} == reweight("ddk", losses, None, {"math": 9.0, "code": 1.0})[0]
+    assert {"code": 0.5, "math": 0.5} == reweight("ddk", losses)[0]
+    says = Says(answer=(0.25, 0.75))
+    assert state == reweight(says, losses, state)[1]["before"]
+    with pytest.raises(ConfigError, match=r"natural_weights: unknown domains \['web'\]"):
+        reweight("ddk", losses, None, {"code": 1.0, "math": 1.0, "web": 1.0})
+    with pytest.raises(NumericsError, match="not finite"):
+        reweight("ddk", domain_losses([math.nan]))

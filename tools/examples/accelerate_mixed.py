@@ -9,9 +9,8 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import Accelerator
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
 from ddkmix import DomainMixture, GapEvaluator, Reweighter
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 TEACHER = "models/smollm2-135m-instruct"
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 100

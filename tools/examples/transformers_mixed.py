@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import datasets
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
-
 from ddkmix import GapEvaluator
 from ddkmix.integrations.transformers import MixtureTrainer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 TEACHER = "models/smollm2-135m-instruct"
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 100

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import datasets
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig, SFTTrainer
-
 from ddkmix import GapEvaluator
 from ddkmix.integrations.transformers import mixture_trainer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
 
 TEACHER = "models/smollm2-135m-instruct"
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 100

@@ -1,0 +1,294 @@
+"""Domain losses of any model beside its teacher's, without a config; what is left as it was."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from ddkmix import GapEvaluator
+from ddkmix.config import Teacher
+from ddkmix.distillation import DistillationModel
+from ddkmix.errors import ConfigError, DataError, ModelError, NumericsError
+from ddkmix.evaluator import Evaluator
+from ddkmix.models import load_teacher
+from ddkmix.policies import reweight
+from ddkmix.trainer import token_nats
+from tests.conftest import save_tiny_model
+from tests.hand_made import write_rows
+
+VOCABULARY = 30
+
+
+class Table(nn.Module):
+    """A model that knows how likely each token follows another; dropout, a child in evaluation mode."""
+
+    def __init__(self, seed: int = 0, classes: int = VOCABULARY) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.table = nn.Parameter(torch.randn(classes, classes, generator=generator))
+        self.dropout, self.frozen = nn.Dropout(0.5), nn.Dropout(0.5)
+        self.frozen.eval()
+        self.calls = 0
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        self.calls += 1
+        assert not torch.is_grad_enabled()
+        return self.dropout(self.table[input_ids])  # type: ignore[no-any-return]
+
+
+def items(seed: int, count: int = 5) -> list[dict[str, Any]]:
+    """Random items of different length."""
+    generator = np.random.default_rng(seed)
+    return [
+        {"input_ids": generator.integers(0, VOCABULARY, generator.integers(2, 9)).tolist()}
+        for _ in range(count)
+    ]
+
+
+HELD_OUT = {"math": items(1), "code": items(2, 7)}
+
+
+def by_hand(model: Table, dataset: list[dict[str, Any]]) -> float:
+    """Mean nats of every token but each item's first, one after the other."""
+    logs = model.table.detach().double().log_softmax(dim=1)
+    pairs = [
+        (a, b) for item in dataset for a, b in zip(item["input_ids"], item["input_ids"][1:], strict=False)
+    ]
+    return -sum(float(logs[a, b]) for a, b in pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("batch_rows", [1, 3, 100])
+def test_losses_are_means_over_predicted_tokens(batch_rows: int) -> None:
+    """Of student and teacher, in evaluation mode, by hand."""
+    student, teacher = Table(0), Table(1)
+    losses = GapEvaluator(HELD_OUT, teacher=teacher, batch_rows=batch_rows).measure(student)
+    assert ("code", "math") == losses.domains
+    wanted = [[by_hand(model, HELD_OUT[name]) for name in losses.domains] for model in (student, teacher)]
+    assert wanted[0] == pytest.approx(losses.student_loss.tolist(), rel=1e-5)
+    assert wanted[1] == pytest.approx(losses.teacher_loss.tolist(), rel=1e-5)
+    assert [sum(len(item["input_ids"]) - 1 for item in HELD_OUT[name]) for name in losses.domains] == (
+        losses.num_tokens.tolist()
+    )
+
+
+def test_packed_rows_have_the_losses_of_our_own_trainer(tmp_path: Path, tiny_teacher: Path) -> None:
+    """The same rows through the trainer's chunked loss and through whole logits: equal to float32."""
+    generator = np.random.default_rng(0)
+    shards = [[generator.integers(1, 300, n).tolist() for n in (16, 9, 2, 16, 12)]]
+    rows = {"code": write_rows(tmp_path, "code", shards, seq_len=16, padding=0)}
+    other = save_tiny_model(tmp_path / "student", tiny_teacher, seed=7)
+    student = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
+    evaluator = GapEvaluator(rows, teacher=str(tiny_teacher), batch_rows=2, cache_dir=tmp_path / "cache")
+    own = Evaluator(held_out=evaluator._held_out, batch_rows=3, device=torch.device("cpu"))
+    teacher = load_teacher(Teacher(model=str(tiny_teacher), dtype="float32"))
+    wanted = own.measure(
+        token_nats(DistillationModel(student)), own.sums(token_nats(DistillationModel(teacher)))
+    )
+    found = evaluator.measure(student)
+    for name in ("student_loss", "teacher_loss", "student_error", "gap_error"):
+        assert getattr(wanted, name).tolist() == pytest.approx(getattr(found, name).tolist(), rel=1e-5)
+
+
+def test_a_teacher_in_a_folder_is_loaded_once_for_ever(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second evaluator finds its sums; other items or another teacher it measures."""
+    from ddkmix import gap_evaluator
+
+    loaded = []
+
+    def counting(teacher: Teacher) -> Any:
+        loaded.append(teacher.model)
+        return load_teacher(teacher)
+
+    monkeypatch.setattr(gap_evaluator, "load_teacher", counting)
+    folder = save_tiny_model(tmp_path / "teacher", tokenizer_folder)
+    student = Table(classes=320)
+
+    def measure(held_out: Any = HELD_OUT, teacher: Path = folder) -> list[float]:
+        evaluator = GapEvaluator(held_out, teacher=teacher, cache_dir=tmp_path / "cache")
+        assert evaluator.measure(student).domains == evaluator.measure(student).domains
+        return evaluator.measure(student).teacher_loss.tolist()  # type: ignore[no-any-return]
+
+    first = measure()
+    assert (1, first) == (len(loaded), measure())
+    assert 1 == len(loaded)
+    measure({**HELD_OUT, "math": items(3)})
+    assert 2 == len(loaded)
+    measure(teacher=save_tiny_model(tmp_path / "other", tokenizer_folder, seed=5))
+    assert 3 == len(loaded)
+
+
+def test_without_a_teacher_the_gap_is_to_a_reference_or_to_nothing() -> None:
+    """Given losses, or 0: then the gap is the loss itself."""
+    student = Table()
+    losses = GapEvaluator(HELD_OUT, reference={"code": 1.5, "math": 2.0}).measure(student)
+    assert [1.5, 2.0] == pytest.approx(losses.teacher_loss.tolist())
+    losses = GapEvaluator(HELD_OUT).measure(student)
+    assert losses.student_loss.tolist() == losses.loss_gap.tolist()
+
+
+def test_a_teacher_module_is_measured_once_and_let_go() -> None:
+    """Its device, its mode and its gradients stay as they are."""
+    student, teacher = Table(0), Table(1)
+    evaluator = GapEvaluator(HELD_OUT, teacher=teacher, batch_rows=100)
+    evaluator.measure(student)
+    evaluator.measure(student)
+    assert (4, 2) == (student.calls, teacher.calls)
+    assert teacher.training
+    assert evaluator._teacher is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(fails: bool) -> None:
+    """Each module in its own mode, no gradients, gradients of before kept; also after an error."""
+    student = Table()
+    student.table.grad = torch.ones_like(student.table)
+    modes = [module.training for module in student.modules()]
+    assert [True, True, False] == modes
+
+    def failing(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+        assert not any(module.training for module in model.modules())
+        if fails:
+            raise ValueError("out of luck")
+        return model(input_ids)  # type: ignore[no-any-return]
+
+    evaluator = GapEvaluator(HELD_OUT, logits=failing)
+    if fails:
+        with pytest.raises(ValueError, match="out of luck"):
+            evaluator.measure(student)
+    else:
+        evaluator.measure(student)
+    assert modes == [module.training for module in student.modules()]
+    assert torch.equal(torch.ones_like(student.table), student.table.grad)
+    assert torch.is_grad_enabled()
+
+
+class Giving(nn.Module):
+    """A model that gives its logits in some wrapping."""
+
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.inner, self.wrap = Table(), wrap
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        """Wrapped."""
+        return self.wrap(self.inner(input_ids))
+
+
+def as_output(logits: torch.Tensor) -> Any:
+    """What transformers' models give."""
+    from transformers.modeling_outputs import CausalLMOutput
+
+    return CausalLMOutput(logits=logits)
+
+
+WRAPPINGS = {
+    "tensor": lambda logits: logits,
+    "output": as_output,
+    "object": lambda logits: SimpleNamespace(logits=logits),
+    "dict": lambda logits: {"logits": logits},
+    "bfloat16": lambda logits: logits.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPINGS)
+def test_logits_are_found_in_what_models_give(name: str) -> None:
+    """Tensors, outputs of transformers, anything with `logits`; counted in float32."""
+    found = GapEvaluator(HELD_OUT).measure(Giving(WRAPPINGS[name])).student_loss.tolist()
+    plain = GapEvaluator(HELD_OUT).measure(Table()).student_loss.tolist()
+    assert plain == pytest.approx(found, rel=1e-2 if name == "bfloat16" else 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("expected", "wrap"),
+    [
+        ("Giving gives a tuple without logits; pass logits=(model, input_ids)", lambda logits: (logits,)),
+        ("Giving gives a dict without logits", lambda logits: {"scores": logits}),
+        ("Giving gives a NoneType without logits", lambda logits: None),
+        ("gives logits (1, 0, 30) for tokens (1,", lambda logits: logits[:1, :0]),
+        ("they must be (B, T, V). Pass logits=...", lambda logits: logits[..., 0]),
+        ("Giving knows 3 tokens and held-out rows have token", lambda logits: logits[..., :3]),
+    ],
+)
+def test_what_has_no_logits_is_refused_in_one_line(expected: str, wrap: Any) -> None:
+    """A tuple may begin with a loss: the user says what it is."""
+    with pytest.raises(ModelError) as info:
+        GapEvaluator(HELD_OUT, batch_rows=1).measure(Giving(wrap))
+    assert expected in str(info.value)
+    assert "\n" not in str(info.value)
+
+
+def test_a_tuple_is_unpacked_by_the_user() -> None:
+    """`logits` calls the model as it wants to be called."""
+    evaluator = GapEvaluator(HELD_OUT, logits=lambda model, input_ids: model(input_ids)[0])
+    assert evaluator.measure(Giving(lambda logits: (logits,))).student_loss[0] > 0
+
+
+@pytest.mark.parametrize("item", [{"input_ids": [1, 400]}, {"input_ids": [1, 2], "labels": [1, 400]}])
+def test_a_token_that_a_model_does_not_know_is_found_before_the_model_sees_it(
+    tiny_teacher: Path, item: dict[str, Any]
+) -> None:
+    """On a GPU it would be an assertion that the process does not survive."""
+    student = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32)
+    with pytest.raises(ModelError, match="LlamaForCausalLM knows 320 tokens and held-out rows have"):
+        GapEvaluator({"code": [item]}).measure(student)
+
+
+def test_losses_that_are_no_numbers_reach_no_policy() -> None:
+    """The measurement says nan, and asking a policy about it is an error that names the domain."""
+    student = Table()
+    with torch.no_grad():
+        student.table.fill_(float("nan"))
+    losses = GapEvaluator(HELD_OUT).measure(student)
+    assert np.isnan(losses.student_loss).all()
+    with pytest.raises(NumericsError, match=r"student_loss is not finite: \{'code': nan, 'math': nan\}"):
+        reweight("ddk", losses)
+
+
+def test_at_most_so_many_rows_are_measured() -> None:
+    """The same ones for every student."""
+    evaluator = GapEvaluator(HELD_OUT, rows=2, batch_rows=1)
+    student = Table()
+    evaluator.measure(student)
+    assert 4 == student.calls
+
+
+@pytest.mark.parametrize(
+    ("expected", "options"),
+    [
+        ("teacher and reference are both given", {"teacher": "x", "reference": {"code": 1.0, "math": 1.0}}),
+        (
+            "reference losses are of ['code'] and held-out rows of ['code', 'math']",
+            {"reference": {"code": 1.0}},
+        ),
+        ("each must be a finite number", {"reference": {"code": 1.0, "math": float("nan")}}),
+        ("rows = 0, batch_rows = 8", {"rows": 0}),
+        ("rows = 500, batch_rows = 0", {"batch_rows": 0}),
+    ],
+)
+def test_wrong_arguments_are_one_line(expected: str, options: dict[str, Any]) -> None:
+    """Before anything is loaded."""
+    with pytest.raises(ConfigError) as info:
+        GapEvaluator(HELD_OUT, **options)
+    assert expected in str(info.value)
+    assert "\n" not in str(info.value)
+
+
+def test_a_teacher_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
+    """When it is first needed."""
+    evaluator = GapEvaluator(HELD_OUT, teacher=tmp_path / "nowhere", cache_dir=tmp_path)
+    with pytest.raises(ModelError, match="no such folder; give a local model folder or a Hub id"):
+        evaluator.measure(Table())
+
+
+def test_held_out_items_are_checked_when_the_evaluator_is_made() -> None:
+    """Not at the first interval."""
+    with pytest.raises(DataError, match=r"held_out\['code'\]\[0\] has no input_ids"):
+        GapEvaluator({"code": [{"text": "abc"}]})
