@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from tests.conftest import REPO
 from tests.integrations.conftest import dealt
 from tests.integrations.trainers import own, steps_of, trainer
 from tests.test_elastic import torchrun
@@ -11,7 +12,10 @@ from tests.test_elastic import torchrun
 def test_two_processes_train_on_the_rows_of_one(tmp_path: Path) -> None:
     """Real gloo processes under torchrun: together they have each step's rows, weights move on both at the
     same step, and a single process goes on from their checkpoint."""
-    program = "import sys; from tests.integrations.trainers import main; main(sys.argv[1])"
+    program = (
+        f"import sys; sys.path.insert(0, {str(REPO)!r}); "
+        "from tests.integrations.trainers import main; main(sys.argv[1])"
+    )
     (tmp_path / "program.py").write_text(program)
     torchrun(2, str(tmp_path / "program.py"), str(tmp_path))
     found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]

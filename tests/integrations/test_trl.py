@@ -133,7 +133,7 @@ def test_sft_on_packed_rows_has_those_of_our_own_trainer(
         accumulation=accumulation,
         max_steps=len(trainer_rows),
     )
-    rows = recorded(run, lambda batch: rows_of(batch["input_ids"]))
+    rows = recorded(run, lambda batch: rows_of(batch["input_ids"] * batch["attention_mask"]))
     assert trainer_rows == [dealt(step) for step in rows.values()]
 
 
