@@ -131,7 +131,7 @@ class ReadAhead:
         try:
             return iter(loader)
         except (AttributeError, TypeError, ValueError) as error:
-            if not self._num_workers or "pickle" not in str(error).lower():
+            if not self._num_workers or "pickl" not in str(error).lower():
                 raise
             raise ConfigError(
                 f"workers cannot be started ({' '.join(str(error).split())}); where processes are not "
