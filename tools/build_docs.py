@@ -73,7 +73,7 @@ def _documented(modules: Sequence[ModuleType]) -> dict[str, Module]:
     for name, doc in docs.items():
         doc.submodules = [docs[child] for child in sorted(docs) if child.rpartition(".")[0] == name]
         for member in _walk(doc):
-            _tidy(member, docs, homes)
+            _tidy(member, homes)
     return docs
 
 
@@ -88,16 +88,19 @@ def _walk(doc: Any) -> Iterator[Doc[Any]]:
             yield from _walk(member)
 
 
-def _tidy(doc: Doc[Any], docs: Mapping[str, Module], homes: Mapping[str, str]) -> None:
+def _tidy(doc: Doc[Any], homes: Mapping[str, str]) -> None:
     """Types as a reader writes them, no constructor for a protocol, no default where none is."""
     if isinstance(doc, Class):
         if getattr(doc.obj, "_is_protocol", False):
             doc.members.pop("__init__", None)
         known = [(homes.get(f"{base[0]}.{base[1]}"), base) for base in doc.bases]
         doc.bases = [(*path.rsplit(".", 1), path) if path else base for path, base in known]
-        private = [base for base in doc.inherited_members if base[0].startswith(OURS)]
-        doc.own_members = [*doc.own_members]  # what a private class of ours hands down is the heir's own
-        doc.own_members += [m for base in private if base[0] not in docs for m in doc.inherited_members[base]]
+        doc.bases = [base for base in doc.bases if not base[1].startswith("_")]
+        inherited = {base: ms for base, ms in doc.inherited_members.items() if base[0].startswith(OURS)}
+        private = [base for base in inherited if ".".join(base) not in homes]
+        # what a private class of ours hands down is the heir's own
+        doc.own_members = [*doc.own_members, *(member for base in private for member in inherited[base])]
+        doc.inherited_members = {base: found for base, found in inherited.items() if base not in private}
     if isinstance(doc, Variable):
         doc.annotation = _readable(doc.annotation, homes)
         if doc.default_value is PydanticUndefined:
