@@ -74,6 +74,8 @@ class GapEvaluator:
         cache_dir: Path | str = ".cache/ddkmix",
         storage: Storage | None = None,
     ) -> None:
+        if not isinstance(held_out, Mapping):
+            raise ConfigError(f"held_out is a {type(held_out).__name__}; give a dict {{domain: rows}}.")
         if teacher is not None and reference is not None:
             raise ConfigError("teacher and reference are both given; the gap is to one of them.")
         if reference is not None and set(reference) != set(held_out):

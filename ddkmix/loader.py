@@ -182,7 +182,9 @@ class DomainMixture(PlannedMixture[Any]):
     ) -> "DomainMixture":
         """The mixture of datasets that you already have; nothing is packed.
 
-        Batches are what `collate_fn` makes of the items of a micro-batch; None is torch's `default_collate`.
+        Batches are what `collate_fn` makes of the items of a micro-batch; None is torch's `default_collate`,
+        which wants tensors of one shape: `.with_format("torch")` of a `datasets.Dataset`, or a function that
+        pads.
         A saved state is of the same data when lengths, `num_tokens` and a few items are the same; of a
         dataset that draws its items at random, when lengths are. What items draw in workers is seeded anew
         with every start of the workers, from seed, rank and step.

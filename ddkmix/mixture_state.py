@@ -82,7 +82,8 @@ def from_json(
     if not allow_changes:
         raise DataError(
             f"the saved mixture state is of another stream: {'; '.join(changes)}. Restore these to go on "
-            "exactly, or allow changes (ddkmix train --resume --allow-changes)."
+            "exactly, or allow changes (load_state_dict(..., allow_changes=True); ddkmix train --resume "
+            "--allow-changes)."
         )
     return _follow(planner, state, identity, natural), changes
 

@@ -112,7 +112,8 @@ class PlannedMixture(Generic[R]):
             exact = tuple(weights)
             if len(exact) != len(self.domains) or sum(exact) != ROW or min(exact) < 0:
                 raise ConfigError(
-                    f"mixture weights {exact} must be {len(self.domains)} integers >= 0 summing to {ROW}."
+                    f"mixture weights {exact} must be a dict {{domain: weight}}, or {len(self.domains)} "
+                    f"integers >= 0 summing to {ROW}."
                 )
         self._rewind(with_weights(self.state, exact))
 

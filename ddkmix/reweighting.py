@@ -6,7 +6,7 @@ A loop calls `step` before its first step and after every optimizer step. Adapte
 the places where their framework lets them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -69,12 +69,7 @@ class Reweighter:
     ) -> None:
         if interval_steps < 1:
             raise ConfigError(f"interval_steps = {interval_steps}; it must be at least 1 optimizer step.")
-        measured = getattr(evaluator, "domains", mixture.domains)
-        if tuple(measured) != tuple(mixture.domains):
-            raise ConfigError(
-                f"the evaluator measures {list(measured)} and the mixture has {list(mixture.domains)}; they "
-                "must be of the same domains."
-            )
+        check_evaluator(evaluator, mixture.domains)
         self.mixture: PlannedMixture[Any] = mixture
         """What it sets the weights of."""
         self.policy: WeightPolicy = policy_of(policy)
@@ -128,7 +123,8 @@ class Reweighter:
         handed_out = self.mixture.state.step
         if handed_out != done:
             way_out = (
-                "something reads ahead of the loop; give it the loader of DomainMixture.loader as it is"
+                "something reads ahead of the loop; give it the loader of DomainMixture.loader as it is, or "
+                "iterate over MixtureBatchSampler.follow(loader)"
                 if handed_out > done
                 else "load the state that was saved with the model, or iterate over this mixture's loader"
             )
@@ -253,6 +249,29 @@ class Reweighter:
         self._measured_at = None if anew else state["measured_at"]
         self._measure_now = anew or state["measure_now"]
         return changes + own
+
+
+def check_evaluator(evaluator: object, domains: Sequence[str]) -> None:
+    """Refuse what cannot measure the domains of a mixture, before anything expensive starts.
+
+    Args:
+        evaluator: see `Reweighter`; one that does not say its `domains` is believed.
+        domains: of the mixture.
+
+    Raises:
+        ConfigError: it has no `measure`, or measures other domains.
+    """
+    if isinstance(evaluator, type) or not (evaluator is None or isinstance(evaluator, MeasuresModels)):
+        raise ConfigError(
+            f"evaluator is a {type(evaluator).__name__}; give a GapEvaluator, or an object with "
+            "measure(model) -> DomainLosses."
+        )
+    measured, wanted = list(getattr(evaluator, "domains", domains)), sorted(domains)
+    if sorted(measured) != wanted:
+        raise ConfigError(
+            f"the evaluator measures {measured} and the mixture has {wanted}; they must be of the same "
+            "domains. from_cards takes a folder, a glob or a list: give it the cards of these domains."
+        )
 
 
 def check_agreement(mixture: PlannedMixture[Any], when: str) -> None:

@@ -151,10 +151,9 @@ def simplex_vector(
     """
     unknown, missing = sorted(set(weights) - set(domains)), sorted(set(domains) - set(weights))
     if unknown or missing:
-        raise ConfigError(
-            f"{where}: unknown domains {unknown}, missing domains {missing}; give exactly one weight "
-            f"for each of {sorted(domains)}."
-        )
+        found = [("unknown", unknown), ("missing", missing)]
+        wrong = ", ".join(f"{what} domains {names}" for what, names in found if names)
+        raise ConfigError(f"{where}: {wrong}; give exactly one weight for each of {sorted(domains)}.")
     vector = np.array([float(weights[name]) for name in domains])
     if not np.isfinite(vector).all() or (vector < 0).any() or vector.sum() <= 0:
         raise ConfigError(

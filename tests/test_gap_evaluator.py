@@ -1,5 +1,6 @@
 """Domain losses of any model beside its teacher's, without a config; what is left as it was."""
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -279,6 +280,13 @@ def test_wrong_arguments_are_one_line(expected: str, options: dict[str, Any]) ->
         GapEvaluator(HELD_OUT, **options)
     assert expected in str(info.value)
     assert "\n" not in str(info.value)
+
+
+def test_a_list_of_datasets_has_no_names() -> None:
+    """Users do not have the type checker of the tests."""
+    unchecked = inspect.unwrap(GapEvaluator.__init__)
+    with pytest.raises(ConfigError, match="held_out is a list; give a dict"):
+        unchecked(object.__new__(GapEvaluator), [[1], [2]])
 
 
 def test_a_teacher_that_is_nowhere_is_one_line(tmp_path: Path) -> None:

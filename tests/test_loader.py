@@ -410,8 +410,8 @@ def test_weights_may_be_the_planners_integers(names: Names, mixture_of: Callable
 @pytest.mark.parametrize(
     ("expected", "weights"),
     [
-        ("unknown domains ['web'], missing domains []", {**START, "web": 1.0}),
-        ("unknown domains [], missing domains ['prose']", {"code": 1.0, "math": 1.0}),
+        ("unknown domains ['web']; give exactly one", {**START, "web": 1.0}),
+        ("mixture weights: missing domains ['prose']", {"code": 1.0, "math": 1.0}),
         ("every weight must be finite and >= 0", weights_of(1, float("nan"), 1)),
         ("every weight must be finite and >= 0", weights_of(1, -1, 1)),
         ("and one of them > 0", weights_of(0, 0, 0)),

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from ddkmix import DomainLosses, DomainMixture, MixtureBatchSampler, Reweighter
+from ddkmix import DomainLosses, DomainMixture, GapEvaluator, MixtureBatchSampler, Reweighter
 from ddkmix.errors import ConfigError, DataError, NumericsError, RunError
 from ddkmix.policies.ddk import Ddk
+from ddkmix.reweighting import check_evaluator
 from tests.integrations.policies import Rotating
 from tests.reference_loop import BATCH_ROWS, COUNTS, DATASETS, INDICES, SEED
 
@@ -301,3 +302,10 @@ def test_an_evaluator_of_other_domains_is_refused() -> None:
 
     with pytest.raises(ConfigError, match=r"the evaluator measures \['code'\] and the mixture has"):
         reweighter_of(evaluator=OfOne())
+
+
+@pytest.mark.parametrize("evaluator", [{"code": 1.0}, GapEvaluator])
+def test_what_cannot_measure_is_no_evaluator(evaluator: Any) -> None:
+    """A dict of losses, or the class in place of an object; said at once."""
+    with pytest.raises(ConfigError, match="give a GapEvaluator, or an object with measure"):
+        check_evaluator(evaluator, ("code", "math"))

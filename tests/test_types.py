@@ -112,7 +112,7 @@ def test_any_weights_are_normalised(values):
             "policy.weights: unknown domains ['c'], missing domains ['b']; give exactly one weight for each "
             "of ['a', 'b'].",
         ),
-        ({"a": 1.0}, "policy.weights: unknown domains [], missing domains ['b'];"),
+        ({"a": 1.0}, "policy.weights: missing domains ['b'];"),
         (
             {"a": 1.0, "b": -1.0},
             "policy.weights = {'a': 1.0, 'b': -1.0}; every weight must be finite and >= 0, and one of",

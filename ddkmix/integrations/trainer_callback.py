@@ -23,6 +23,7 @@ class MixtureLoader(EpochLoader):
         reweighter: of this mixture.
         measures: whether it has an evaluator.
         log: writes one record of metrics.
+        allow_changes: resume although something has changed.
         options: other arguments of `EpochLoader`.
     """
 
@@ -33,10 +34,30 @@ class MixtureLoader(EpochLoader):
         reweighter: Reweighter,
         measures: bool,
         log: Callable[[dict[str, float]], None],
+        allow_changes: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(mixture, **options)
         self.reweighter, self._measures, self._log = reweighter, measures, log
+        self._allow_changes = allow_changes
+
+    def resume(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            DataError: it is of other data or settings, and changes are not allowed.
+        """
+        for change in self.reweighter.load_state_dict(saved, allow_changes=self._allow_changes):
+            _LOG.warning("resumed at step %d: %s", self.mixture.state.step, change)
+
+    def check_interval(self, max_steps: int) -> None:
+        """Say when the weights will never move."""
+        if self._measures and self.reweighter.interval_steps >= max_steps:
+            _LOG.warning(
+                "interval_steps = %d and the run has %d steps: the weights are set once, before the first.",
+                self.reweighter.interval_steps,
+                max_steps,
+            )
 
     def follow(self, model: Any, done: int) -> None:
         """After `done` optimizer steps: measure and set weights if an interval ends here.
@@ -83,8 +104,9 @@ class MixtureCallback(TrainerCallback, ExportableState):
             )
         self._loader = train_dataloader
         if state.global_step:
-            self._loader.reweighter.load_state_dict(_saved_state(state))
+            self._loader.resume(_saved_state(state))
         _check_beginning(self._loader.mixture, state)
+        self._loader.check_interval(state.max_steps)
         self._loader.follow(model, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:

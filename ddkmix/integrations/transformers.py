@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 
-from ddkmix.errors import ConfigError
+from ddkmix.errors import ConfigError, did_you_mean
 from ddkmix.integrations.trainer_callback import MixtureCallback, MixtureLoader
 from ddkmix.integrations.trainer_data import taken_apart
 from ddkmix.integrations.trainer_kinds import TrainerKind, stand_in, trainer_kind
-from ddkmix.loader import DomainMixture
-from ddkmix.policies import WeightPolicy
-from ddkmix.reweighting import MeasuresModels, Reweighter
+from ddkmix.loader import DomainMixture, MixtureOptions
+from ddkmix.policies import WeightPolicy, policy_of
+from ddkmix.reweighting import MeasuresModels, Reweighter, check_evaluator
 from ddkmix.types import DomainLosses
 
 __all__ = ["MixtureMixin", "MixtureTrainer", "mixture_trainer"]
@@ -55,6 +55,8 @@ class MixtureMixin(_Base):
         policy, interval_steps, on_losses: as in `Reweighter`; steps of the optimizer, nats per token.
         mixture_options: other arguments of `DomainMixture.from_datasets` for a dict of datasets, for example
             `{"weights": {...}, "max_epochs": 4}`.
+        allow_changes: resume although domains, their data, settings or the policy have changed since the
+            checkpoint; what has changed is logged.
 
     Raises:
         ConfigError: train_dataset is neither, or an argument chooses rows or batches in another way.
@@ -75,12 +77,20 @@ class MixtureMixin(_Base):
         interval_steps: int = 1000,
         on_losses: Callable[[int, DomainLosses, Mapping[str, float]], None] = lambda *_: None,
         mixture_options: Mapping[str, Any] | None = None,
+        allow_changes: bool = False,
         **kwargs: Any,
     ) -> None:
         if getattr(kwargs.get("args"), "packing", False):  # before hours of tokenising
             raise ConfigError(_PACKING)
+        policy = policy_of(policy)
+        for name in mixture_options or {}:
+            if name not in (known := [*MixtureOptions.__annotations__, "num_tokens"]):
+                raise ConfigError(f"mixture_options has no {name!r}; {did_you_mean(name, known)}")
         kind = self._kind()
         kwargs["train_dataset"] = stand_in(train_dataset, kind)
+        if isinstance(train_dataset, Mapping | DomainMixture):
+            names = getattr(train_dataset, "domains", train_dataset)
+            check_evaluator(evaluator, tuple(map(str, names)))
         super().__init__(*args, **kwargs)
         if train_dataset is None:
             return  # a Trainer that only evaluates
@@ -90,7 +100,7 @@ class MixtureMixin(_Base):
         self.reweighter = Reweighter(
             self.mixture, evaluator, policy, interval_steps=interval_steps, on_losses=on_losses
         )
-        self._measures = evaluator is not None
+        self._measures, self._allow_changes = evaluator is not None, allow_changes
         self.add_callback(MixtureCallback())
 
     def get_train_dataloader(self) -> Any:
@@ -111,6 +121,7 @@ class MixtureMixin(_Base):
             reweighter=self.reweighter,
             measures=self._measures,
             log=self._log_mixture,
+            allow_changes=self._allow_changes,
         )
 
     def _kind(self) -> TrainerKind:
@@ -210,7 +221,9 @@ def mixture_trainer(trainer: type[Trainer]) -> type[Any]:
         trainer: `Trainer` or a subclass that leaves the loop as it is, those of TRL included.
 
     Raises:
-        ConfigError: the class makes batches in a way that is not known here.
+        ConfigError: it is no class, or one that makes batches in a way that is not known here.
     """
+    if not isinstance(trainer, type):
+        raise ConfigError(f"mixture_trainer of a {type(trainer).__name__} object; give its class.")
     trainer_kind(trainer.__mro__)
     return type(f"Mixture{trainer.__name__}", (MixtureMixin, trainer), {})

@@ -87,8 +87,8 @@ def policy_of(policy: "str | Mapping[str, Any] | WeightPolicy") -> WeightPolicy:
     if not isinstance(policy, Mapping):
         if isinstance(policy, type) or not isinstance(policy, WeightPolicy):
             raise ConfigError(
-                f"policy = {policy!r}; give a name, a mapping with a name and parameters, or an object with "
-                "init and update."
+                f"policy = {policy!r}; give a name, a mapping with a name and parameters, or an object (not "
+                "its class) with init and update."
             )
         return policy
     built: WeightPolicy = build(dict(policy), POLICIES, where="policy")
@@ -157,7 +157,13 @@ def next_state(
                 "optimizer.lr or look at the rows of these domains."
             )
     new = policy.init(losses, natural_weights) if state is None else policy.update(state, losses)
-    weights = np.asarray(new["mixture_weights"], dtype=np.float64)
+    try:
+        weights = np.asarray(new["mixture_weights"], dtype=np.float64)
+    except (TypeError, ValueError, KeyError, IndexError):
+        raise ConfigError(
+            f"policy {type(policy).__name__} gave the state {str(new)[:200]}; it must be a dict whose "
+            "'mixture_weights' is a list with one number for each domain, in the order of losses.domains."
+        ) from None
     if (
         weights.shape != (len(losses.domains),)
         or not np.isfinite(weights).all()

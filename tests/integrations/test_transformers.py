@@ -1,5 +1,6 @@
 """The Trainer of transformers over a mixture: rows of every step, changes of weights, resume, mistakes."""
 
+import inspect
 import json
 import math
 import shutil
@@ -298,6 +299,17 @@ def test_a_checkpoint_of_other_settings_is_refused(
         resumed(tmp_path, 3, **changes)
 
 
+def test_changes_are_allowed_on_request_and_logged(
+    saved_run: tuple[Path, Recorder], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run goes on at its step with what it is given now."""
+    shutil.copytree(saved_run[0] / "run", tmp_path / "run")
+    run = resumed(tmp_path, 3, per_device_train_batch_size=6, allow_changes=True)
+    assert "resumed at step 3: batch_rows was 12 and is 6" in caplog.text
+    assert list(range(3, 11)) == sorted(run.rows)
+    assert 3 * 12 + 8 * 6 == sum(run.mixture.served.values())
+
+
 def test_resume_finds_the_last_checkpoint_by_itself(saved_run: tuple[Path, Recorder], tmp_path: Path) -> None:
     """`train(resume_from_checkpoint=True)`, as everybody writes it."""
     folder, whole = saved_run
@@ -484,6 +496,37 @@ def test_options_of_a_ready_mixture_are_its_own(tmp_path: Path) -> None:
         trainer(tmp_path, packed(tmp_path), mixture_options={"max_epochs": 1.0})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"evaluator": Constant(("code", "art"))}, "the evaluator measures .* of these domains"),
+        ({"policy": "dkd"}, "did you mean 'ddk'"),
+        ({"mixture_options": {"weigths": {}}}, "no 'weigths'; did you mean 'weights'"),
+    ],
+)
+def test_mistakes_are_found_before_the_trainer_prepares_its_rows(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    """A trainer of TRL may tokenise for hours: nothing of it has been asked for."""
+
+    class Prepares(Trainer):
+        def __init__(self, *_: Any, **__: Any) -> None:
+            raise AssertionError("too late")
+
+    with pytest.raises(ConfigError, match=message) as error:
+        trainer(tmp_path, cls=mixture_trainer(Prepares), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_will_never_move_are_said_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An interval as long as the run is seldom meant."""
+    trainer(tmp_path, max_steps=2, interval_steps=2).train()
+    assert "interval_steps = 2 and the run has 2 steps: the weights are set once" in caplog.text
+    caplog.clear()
+    trainer(tmp_path, max_steps=2, interval_steps=1).train()
+    assert "interval_steps" not in caplog.text
+
+
 def test_rows_are_not_to_be_had_from_the_stand_in(tmp_path: Path) -> None:
     """Code that asks the trainer for its dataset gets a length, and one line when it wants a row."""
     run = trainer(tmp_path)
@@ -523,5 +566,7 @@ def test_trainers_that_make_batches_in_their_own_way_are_refused() -> None:
     class Nothing(MixtureMixin):
         pass
 
+    with pytest.raises(ConfigError, match="mixture_trainer of a int object; give its class"):
+        inspect.unwrap(mixture_trainer)(3)  # users do not have the type checker of the tests
     with pytest.raises(ConfigError, match="object is no Trainer"):
         Nothing()

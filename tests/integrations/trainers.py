@@ -113,7 +113,8 @@ class Recorder(MixtureTrainer):
 def trainer(folder: Path, data: Any = None, *, cls: type = Recorder, **changes: Any) -> Any:
     """A Trainer over the rows (of `data`, or the user's own) that measures every second step."""
     given = {"policy": Rotating(), "interval_steps": INTERVAL, "evaluator": Constant()}
-    names = ("policy", "interval_steps", "evaluator", "mixture_options", "eval_dataset", "callbacks")
+    names = ("policy", "interval_steps", "evaluator", "mixture_options", "allow_changes")
+    names += ("eval_dataset", "callbacks")
     given |= {name: changes.pop(name) for name in names if name in changes}
     return cls(
         student(),

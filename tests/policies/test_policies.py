@@ -110,6 +110,21 @@ def test_natural_weights_reach_the_policy():
     assert [0.9, 0.1] == next_state(Ddk(), None, domain_losses([1.0, 2.0]), natural)["mixture_weights"]
 
 
+@pytest.mark.parametrize("state", [{"mixture_weights": {"a": 1.0}}, {"weights": [1.0]}, [0.5, 0.5], None])
+def test_a_state_of_another_shape_is_refused(state):
+    """The message shows it and says what it must be."""
+
+    class Answers:
+        def init(self, losses, natural_weights):
+            return state
+
+        def update(self, state, losses):
+            return state
+
+    with pytest.raises(ConfigError, match=r"policy Answers gave the state .*'mixture_weights' is a list"):
+        next_state(Answers(), None, domain_losses([1.0, 2.0]), np.array([0.5, 0.5]))
+
+
 @pytest.mark.parametrize(
     "answer",
     [
