@@ -193,7 +193,10 @@ def _copy_linked_files(readme: Path, out: Path) -> None:
     for link in set(re.findall(r"\]\(([^)#:]+)\)", readme.read_text(encoding="utf-8"))):
         source, target = readme.parent / link, out / link
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+        else:
+            shutil.copyfile(source, target)
 
 
 def main() -> int:
