@@ -220,6 +220,38 @@ def lightning(side: Side, clock: Clock) -> None:
         )
 
 
+def composer(side: Side, clock: Clock) -> None:
+    """MosaicML Composer."""
+    sys.path.insert(0, str(REPO))  # see there for what Composer lacks on a machine without image libraries
+    from tests.integrations.composer_here import import_composer
+
+    import_composer()
+    from composer import Trainer
+    from composer.models import HuggingFaceModel
+
+    from ddkmix.integrations.composer import MixtureCallback, MixtureLoader
+
+    model = student()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    if side.reweighter is None:
+        callbacks, loader = [], side.loader()
+    else:
+        callbacks = [MixtureCallback(side.reweighter)]
+        loader = MixtureLoader(side.reweighter.mixture)
+    run = Trainer(
+        model=HuggingFaceModel(model),
+        optimizers=optimizer,
+        max_duration=f"{side.steps}ba",
+        device="cpu",
+        progress_bar=False,
+        train_dataloader=loader,
+        callbacks=callbacks,
+    )
+    clock.watch(model, optimizer)
+    run.fit()
+    run.close()
+
+
 class NoLosses:
     """An evaluator that costs nothing, so that only the adapter is timed."""
 
@@ -238,6 +270,7 @@ FRAMEWORKS: dict[str, Callable[[Side, Clock], None]] = {
     "accelerate": accelerate,
     "trainer": trainer,
     "lightning": lightning,
+    "composer": composer,
 }
 
 
