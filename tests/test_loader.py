@@ -415,9 +415,9 @@ def test_weights_may_be_the_planners_integers(names: Names, mixture_of: Callable
         ("every weight must be finite and >= 0", weights_of(1, float("nan"), 1)),
         ("every weight must be finite and >= 0", weights_of(1, -1, 1)),
         ("and one of them > 0", weights_of(0, 0, 0)),
-        ("must be 3 integers >= 0 summing to 4294967296", [1 << 31, 1 << 31]),
-        ("must be 3 integers >= 0 summing to 4294967296", [1, 2, 3]),
-        ("must be 3 integers >= 0 summing to 4294967296", [1 << 32, 1, -1]),
+        ("must be a dict {domain: weight}, or 3 integers >= 0 summing to 4294967296", [1 << 31, 1 << 31]),
+        ("must be a dict {domain: weight}, or 3 integers >= 0 summing to 4294967296", [1, 2, 3]),
+        ("must be a dict {domain: weight}, or 3 integers >= 0 summing to 4294967296", [1 << 32, 1, -1]),
     ],
 )
 def test_wrong_weights_are_refused(

@@ -94,7 +94,8 @@ def test_each_change_is_refused_and_told(expected: list[str], identity: StreamId
         from_json(saved(identity_of("a", "b"), AB), identity, natural)
     assert (
         f"the saved mixture state is of another stream: {'; '.join(expected)}. Restore these to go on "
-        "exactly, or allow changes (ddkmix train --resume --allow-changes)."
+        "exactly, or allow changes (load_state_dict(..., allow_changes=True); ddkmix train --resume "
+        "--allow-changes)."
     ) == str(info.value)
     _, changes = from_json(saved(identity_of("a", "b"), AB), identity, natural, allow_changes=True)
     assert expected == changes
