@@ -26,7 +26,7 @@ quickstart: teacher
 	$(BIN)/ddkmix train configs/quickstart.yaml run_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: teacher
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --quiet
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --quiet
 
 check: install
 	$(BIN)/ruff format --check .
