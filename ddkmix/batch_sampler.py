@@ -20,7 +20,7 @@ from ddkmix.order import locate
 from ddkmix.own_rows import Numbers, OwnRows, integers
 from ddkmix.planned_mixture import PlannedMixture
 from ddkmix.planner import OnCap, PlannerState, StepPlan
-from ddkmix.stream import describe_stream
+from ddkmix.stream import check_steps, describe_stream
 
 _WAY_OUT = "Construct it with batch_sampler=sampler, and do not let Accelerate prepare it."
 
@@ -84,8 +84,7 @@ class MixtureBatchSampler(PlannedMixture[OwnRows]):
         max_epochs: float | None = None,
         on_cap: OnCap = "renormalize",
     ) -> None:
-        if microbatches < 1 or (steps is not None and steps < 1):
-            raise ConfigError(f"steps = {steps}, microbatches = {microbatches}; both must be at least 1.")
+        check_steps(steps, microbatches)
         rows = [_rows_of(name, items) for name, items in indices.items()]
         stream = describe_stream(rows, batch_rows=batch_rows, seed=seed, max_epochs=max_epochs, on_cap=on_cap)
         super().__init__(stream, weights, rank, world_size)

@@ -11,6 +11,7 @@ from typing import Any
 from ddkmix.errors import ConfigError, RunError
 from ddkmix.planner import deal
 from ddkmix.sources import with_domain_ids
+from ddkmix.stream import check_steps
 
 
 class StepLoader:
@@ -50,8 +51,7 @@ class StepLoader:
         domain_ids: bool = False,
         device: Any = None,
     ) -> None:
-        if microbatches < 1 or (steps is not None and steps < 1):
-            raise ConfigError(f"steps = {steps}, microbatches = {microbatches}; both must be at least 1.")
+        check_steps(steps, microbatches)
         self.mixture: Any = mixture
         """The `DomainMixture`."""
         self.steps: int | None = steps

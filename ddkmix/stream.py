@@ -202,3 +202,9 @@ def check_ranks(batch_rows: int, rank: int, world_size: int) -> None:
             f"batch_rows = {batch_rows} rows cannot be dealt evenly to {world_size} processes; use a "
             f"positive multiple of {world_size}."
         )
+
+
+def check_steps(steps: int | None, microbatches: int) -> None:
+    """Raises ConfigError if a run cannot have so many steps of so many micro-batches."""
+    if microbatches < 1 or (steps is not None and steps < 1):
+        raise ConfigError(f"steps = {steps}, microbatches = {microbatches}; both must be at least 1.")

@@ -37,6 +37,15 @@ Action = str | int
 Script = Sequence[Sequence[Action]]
 ACTIONS = st.sampled_from(["break", "save", "load", *range(len(WEIGHTS))])
 SCRIPTS = st.lists(st.lists(ACTIONS, max_size=2), min_size=1, max_size=24)
+OPTIONS = st.fixed_dictionaries(
+    {"microbatches": st.sampled_from([1, 2, 3])},
+    optional={
+        "steps": st.sampled_from([1, 3, 6]),
+        "max_epochs": st.sampled_from([1.0, 2.0]),
+        "on_cap": st.sampled_from(["renormalize", "stop", "error"]),
+    },
+)
+"""Arguments of a loader or sampler, and of its mixture."""
 
 
 def weights_of(number: int) -> dict[str, float]:

@@ -21,6 +21,7 @@ from tests.reference_loop import (
     COUNTS,
     DATASETS,
     INDICES,
+    OPTIONS,
     SCRIPTS,
     SEED,
     Script,
@@ -65,16 +66,6 @@ def followed(
     """What the loop of `follow` receives from a loader that reads ahead."""
     sampler = sampler_of(kind, **options)
     return play(lambda: sampler.follow(ReadingAhead(sampler, ahead)), sampler, script)
-
-
-OPTIONS = st.fixed_dictionaries(
-    {"microbatches": st.sampled_from([1, 2, 3])},
-    optional={
-        "steps": st.sampled_from([1, 3, 6]),
-        "max_epochs": st.sampled_from([1.0, 2.0]),
-        "on_cap": st.sampled_from(["renormalize", "stop", "error"]),
-    },
-)
 
 
 # --- follow: the same as a mixture that reads its own rows ------------------------------------------

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ddkmix import DomainMixture, StepLoader
 from ddkmix.errors import ConfigError, DataError, RunError
@@ -16,6 +15,7 @@ from tests.reference_loop import (
     BATCH_ROWS,
     COUNTS,
     DATASETS,
+    OPTIONS,
     SCRIPTS,
     SEED,
     Script,
@@ -58,16 +58,6 @@ def received(script: Script, kind: type[StepLoader] = StepLoader, **options: Any
     mixture = own_mixture(**options)
     loader = kind(mixture, **ours)
     return play(lambda: iter(loader), mixture, script)
-
-
-OPTIONS = st.fixed_dictionaries(
-    {"microbatches": st.sampled_from([1, 2, 3])},
-    optional={
-        "steps": st.sampled_from([1, 3, 6]),
-        "max_epochs": st.sampled_from([1.0, 2.0]),
-        "on_cap": st.sampled_from(["renormalize", "stop", "error"]),
-    },
-)
 
 
 @settings(deadline=None, derandomize=True, max_examples=120)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ddkmix.errors import ConfigError
 from ddkmix.loader import DomainMixture
-from ddkmix.own_rows import MapDataset
+from ddkmix.own_rows import count_items
 
 _LOG = getLogger("ddkmix")
 DOMAIN_COLUMN = "ddkmix_domain"
@@ -53,12 +53,7 @@ def check_datasets(datasets: Mapping[str, Any]) -> None:
     if not datasets:
         raise ConfigError("train_dataset = {}; give one map-style dataset per domain.")
     for name, dataset in datasets.items():
-        if not isinstance(dataset, MapDataset) or isinstance(dataset, (str, bytes, Mapping)):
-            raise ConfigError(
-                f"train_dataset[{name!r}] is a {type(dataset).__name__}; it must be map-style (__len__ and "
-                "__getitem__ by number). Load it without streaming, or pack it (ddkmix pack) and give "
-                "DomainMixture.from_cards(...)."
-            )
+        count_items(f"train_dataset[{name!r}]", dataset)
 
 
 def joined(datasets: Mapping[str, Any], trainer: str) -> Any:

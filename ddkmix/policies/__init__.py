@@ -69,8 +69,7 @@ def build_policy(spec: Named) -> WeightPolicy:
     Raises:
         ConfigError: the name or a parameter is wrong.
     """
-    policy: WeightPolicy = build(spec.model_dump(), POLICIES, where="policy")
-    return policy
+    return policy_of(spec.model_dump())
 
 
 def policy_of(policy: "str | Mapping[str, Any] | WeightPolicy") -> WeightPolicy:
