@@ -4,11 +4,16 @@ Axis letters, everywhere in ddkmix: B rows, T tokens in a row, V vocabulary, D h
 out of their rows, N domains.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+
+Tail = Literal["bucket", "renormalize", "drop"]
+"""What becomes of the teacher's mass outside the classes that were kept; see `TruncatedSignal`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -35,7 +40,66 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DenseSignal:
-    """What a live teacher says about a batch: hidden states from which any chunk of logits can be made."""
+    """What a teacher says about a batch: hidden states from which any chunk of logits can be made."""
 
-    hidden: Float[Tensor, "B T D"]
+    hidden: Float[Tensor, "*b D"]
     head: Head
+
+    def at(self, index: Any) -> "DenseSignal":
+        """The same of some positions only; `index` is what `hidden[index]` takes."""
+        return replace(self, hidden=self.hidden[index])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TruncatedSignal:
+    """What a teacher says about a batch, of K classes a token: what the logits store keeps.
+
+    `log_probs` are true: log p at temperature 1, not renormalised. p_temperature(v) is therefore exactly
+    exp(log_probs / temperature - log_z[temperature]).
+
+    An entry stands for itself (`draws` 0) or was drawn at random. `num_draws` draws with replacement were
+    made from p outside the classes that stand for themselves, whose mass is `drawn_mass`; an entry that was
+    drawn c times counts c / num_draws x drawn_mass / p(v) times, so that every sum over entries is an
+    unbiased estimate of the sum over all classes. Where nothing was drawn, `tail` says what becomes of the
+    mass outside:
+
+    - `bucket`: one class more, for teacher and student alike (a lower bound of the divergence);
+    - `renormalize`: the kept probabilities are scaled up to 1 (biased: the student's tail is driven to 0);
+    - `drop`: they are used as they are (biased likewise, with the gradient scaled by the kept mass).
+    """
+
+    ids: Int[Tensor, "*b K"]
+    """Classes. Unused places repeat the token's first class."""
+    log_probs: Float[Tensor, "*b K"]
+    """log p(class) at temperature 1, nats, float32; -inf in unused places."""
+    entropy: Float[Tensor, "*b"]
+    """H(p) at temperature 1, nats."""
+    teacher_nats: Float[Tensor, "*b"]
+    """-log p(next token): the teacher's own loss."""
+    log_z: Mapping[float, Float[Tensor, "*b"]] = field(default_factory=dict)
+    """log sum_v p(v) ** (1 / temperature) for each temperature in use other than 1 (there it is 0)."""
+    draws: Int[Tensor, "*b K"] | None = None
+    """How often each entry was drawn; 0 where it stands for itself. None where nothing was drawn."""
+    num_draws: int = 0
+    """Draws for each token."""
+    drawn_mass: Float[Tensor, "*b"] | None = None
+    """Mass from which the draws were made: 1 without classes that stand for themselves."""
+    tail: Tail = "bucket"
+    """Only where nothing was drawn."""
+
+    def at(self, index: Any) -> "TruncatedSignal":
+        """The same of some positions only: `index` is applied to the axes before K."""
+        return replace(
+            self,
+            ids=self.ids[index],
+            log_probs=self.log_probs[index],
+            entropy=self.entropy[index],
+            teacher_nats=self.teacher_nats[index],
+            log_z={t: values[index] for t, values in self.log_z.items()},
+            draws=None if self.draws is None else self.draws[index],
+            drawn_mass=None if self.drawn_mass is None else self.drawn_mass[index],
+        )
+
+
+Signal = DenseSignal | TruncatedSignal
+"""What a teacher says; the trainer does not know which."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ddkmix.batch import DenseSignal
+from ddkmix.batch import Signal
 from ddkmix.boundaries import check_isolation, document_positions
 from ddkmix.losses import LossTerm
 from ddkmix.losses.chunked import chunked_objective
@@ -44,7 +44,7 @@ class DistillationModel(nn.Module):
         labels: Int[Tensor, "B T"],
         token_weight: float | Tensor,
         terms: Sequence[LossTerm],
-        signal: DenseSignal | None = None,
+        signal: Signal | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "terms n"]]:
         """Objective and per-token losses of a batch.
 
@@ -71,8 +71,7 @@ class DistillationModel(nn.Module):
             targets,
             weight.expand(len(targets)),
             terms,
-            teacher_hidden=None if signal is None else signal.hidden[:, :-1][where],
-            teacher_head=None if signal is None else signal.head,
+            signal=None if signal is None else signal.at((slice(None), slice(None, -1))).at(where),
             chunk_tokens=self._chunk_tokens,
         )
 

@@ -1,7 +1,8 @@
-"""The teacher signal. Today one kind: a live model whose logits are made a few tokens at a time."""
+"""The teacher signal of a live model, whose logits are made a few tokens at a time."""
+
+from collections.abc import Mapping
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from ddkmix.batch import DenseSignal
@@ -22,7 +23,8 @@ class LiveTeacher:
             check_isolation(model, separator_id)
 
     @torch.no_grad()
-    def signal(self, input_ids: Int[Tensor, "B T"]) -> DenseSignal:
-        """What the teacher says about every position."""
+    def signal(self, batch: Mapping[str, Tensor]) -> DenseSignal:
+        """What the teacher says about every position of a batch's `input_ids` (B, T)."""
+        input_ids = batch["input_ids"]
         positions = document_positions(input_ids, self._separator_id)
         return DenseSignal(hidden=hidden_states(self.model, input_ids, positions), head=self._head)

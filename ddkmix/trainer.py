@@ -206,7 +206,7 @@ def _backward(run: Run, micro: dict[str, Tensor], num_tokens: int) -> None:
     """Forward and backward of one micro-batch."""
     teacher = None
     if any(term.loss.needs_teacher for term in run.terms):
-        teacher = run.teacher.signal(micro["input_ids"])
+        teacher = run.teacher.signal(micro)
     # the sum over ranks is what is wanted, and DDP takes the mean
     share = run.accelerator.num_processes / max(num_tokens, 1)
     objective, values = run.student(micro["input_ids"], micro["labels"], share, run.terms, teacher)

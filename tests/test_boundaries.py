@@ -127,10 +127,10 @@ def test_a_row_has_the_hidden_states_of_its_documents(architecture: str) -> None
     exact = architecture not in ("experts", "llama eager", "soft caps")
     close = {"rtol": 1e-10, "atol": 1e-10} if exact else {"rtol": 1e-5, "atol": 1e-6}
     check_isolation(model, SEP)
-    hidden = LiveTeacher(model, separator_id=SEP).signal(ROWS).hidden
+    hidden = LiveTeacher(model, separator_id=SEP).signal({"input_ids": ROWS}).hidden
     expected = torch.stack([alone(model, row) for row in ROWS.tolist()])
     torch.testing.assert_close(expected, hidden, **close)
-    open_row = LiveTeacher(model).signal(ROWS).hidden
+    open_row = LiveTeacher(model).signal({"input_ids": ROWS}).hidden
     assert (open_row - expected)[0].abs().max() > 1e-3
     torch.testing.assert_close(expected[1], open_row[1], **close)
 
@@ -142,7 +142,7 @@ def objective(model: Any, teacher: Any, separator_id: int | None) -> tuple[torch
     """DDK's objective of the rows without their padding, and its values at each predicted token."""
     labels = ROWS.clone()
     labels[0, -1] = -100
-    signal = LiveTeacher(teacher, separator_id=separator_id).signal(ROWS)
+    signal = LiveTeacher(teacher, separator_id=separator_id).signal({"input_ids": ROWS})
     ours = DistillationModel(model, separator_id=separator_id, chunk_tokens=5)
     return ours(ROWS, labels, 1 / int(predicted(labels).sum()), TERMS, signal)
 
@@ -193,7 +193,7 @@ def test_nothing_changes_without_the_option() -> None:
     assert torch.equal(
         backbone_of(model)(ROWS, use_cache=False).last_hidden_state, hidden_states(model, ROWS)
     )
-    assert torch.equal(hidden_states(model, ROWS), LiveTeacher(model).signal(ROWS).hidden)
+    assert torch.equal(hidden_states(model, ROWS), LiveTeacher(model).signal({"input_ids": ROWS}).hidden)
 
 
 # --- the proof --------------------------------------------------------------------------------------

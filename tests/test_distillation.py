@@ -63,7 +63,7 @@ def ours(student, teacher, ids, labels, **options):
     """Objective and values of the DistillationModel, normalised by the number of predicted tokens."""
     vocab_size = options.get("vocab_size")
     model = DistillationModel(student, **{"chunk_tokens": 4, **options})
-    signal = LiveTeacher(teacher, vocab_size=vocab_size).signal(ids)
+    signal = LiveTeacher(teacher, vocab_size=vocab_size).signal({"input_ids": ids})
     return model(ids, labels, 1 / int(predicted(labels).sum()), TERMS, signal)
 
 
@@ -168,7 +168,7 @@ def test_rows_do_not_see_each_other(student, teacher):
 def test_the_weight_of_a_token_scales_the_objective(student, teacher):
     """A number or a tensor: the sum over tokens of weight x losses; values are not weighted."""
     ids, labels = make_batch()
-    model, signal = DistillationModel(student), LiveTeacher(teacher).signal(ids)
+    model, signal = DistillationModel(student), LiveTeacher(teacher).signal({"input_ids": ids})
     objective, values = model(ids, labels, 1.0, TERMS, signal)
     half, same = model(ids, labels, torch.tensor(0.5), TERMS, signal)
     assert objective.item() == pytest.approx(2 * half.item())
@@ -189,7 +189,7 @@ def test_a_batch_of_padding_alone_is_no_loss(student, teacher):
     ids = torch.zeros(2, 8, dtype=torch.int64)
     labels = torch.full((2, 8), IGNORE)
     model = DistillationModel(student)
-    objective, values = model(ids, labels, 1.0, TERMS, LiveTeacher(teacher).signal(ids))
+    objective, values = model(ids, labels, 1.0, TERMS, LiveTeacher(teacher).signal({"input_ids": ids}))
     objective.backward()
     assert (0.0, (2, 0)) == (objective.item(), tuple(values.shape))
     assert all(not parameter.grad.any() for parameter in student.parameters())
@@ -203,7 +203,7 @@ def test_only_the_student_is_trained(student, teacher):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     losses = []
     for _ in range(5):
-        objective, _ = model(ids, labels, 1 / 12, TERMS, LiveTeacher(teacher).signal(ids))
+        objective, _ = model(ids, labels, 1 / 12, TERMS, LiveTeacher(teacher).signal({"input_ids": ids}))
         optimizer.zero_grad()
         objective.backward()
         optimizer.step()

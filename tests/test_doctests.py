@@ -22,8 +22,6 @@ TAUGHT = {
     "ddkmix.reweight",
     "ddkmix.losses.CrossEntropy",
     "ddkmix.losses.ForwardKL",
-    "ddkmix.losses.cross_entropy.cross_entropy",
-    "ddkmix.losses.forward_kl.forward_kl",
     "ddkmix.planner.quantise",
     "ddkmix.policies.Ddk",
     "ddkmix.policies.Static",

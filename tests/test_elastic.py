@@ -59,14 +59,12 @@ def torchrun(world_size: int, program: str, *arguments: str, check: bool = True)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world_size)]
     command += ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(
-        [*command, program, *arguments],
-        check=check,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=environment,
+    result = subprocess.run(
+        [*command, program, *arguments], capture_output=True, text=True, timeout=400, env=environment
     )
+    if check and result.returncode:  # CalledProcessError would not show what the ranks said
+        raise AssertionError(f"torchrun ended with {result.returncode}:\n{result.stderr[-8000:]}")
+    return result
 
 
 @pytest.fixture

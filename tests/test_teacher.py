@@ -20,7 +20,7 @@ def model(tiny_teacher):
 
 def test_the_signal_holds_the_models_own_logits(model):
     """Hidden states of every position and the head that makes the logits of any of them."""
-    signal = LiveTeacher(model).signal(IDS)
+    signal = LiveTeacher(model).signal({"input_ids": IDS})
     assert (2, 4, 32) == signal.hidden.shape
     logits = signal.head.finish(F.linear(signal.hidden[1], signal.head.weight, signal.head.bias))
     with torch.no_grad():
@@ -29,28 +29,28 @@ def test_the_signal_holds_the_models_own_logits(model):
 
 def test_nothing_of_the_teacher_asks_for_a_gradient(model):
     """The signal is data: no graph of the teacher is kept."""
-    signal = LiveTeacher(model).signal(IDS)
+    signal = LiveTeacher(model).signal({"input_ids": IDS})
     assert not signal.hidden.requires_grad
     assert not signal.head.weight.requires_grad
 
 
 def test_a_teacher_that_could_learn_says_the_same_without_a_graph(model):
     """Even with parameters that ask for gradients none is tracked."""
-    expected = LiveTeacher(model).signal(IDS).hidden
-    actual = LiveTeacher(model.requires_grad_(True)).signal(IDS).hidden
+    expected = LiveTeacher(model).signal({"input_ids": IDS}).hidden
+    actual = LiveTeacher(model.requires_grad_(True)).signal({"input_ids": IDS}).hidden
     assert not actual.requires_grad
     assert torch.equal(expected, actual)
 
 
 def test_the_number_of_classes_is_that_of_both_models(model):
     """Where student and teacher pad their vocabularies differently, the signal is cut to what both have."""
-    assert 300 == LiveTeacher(model, vocab_size=300).signal(IDS).head.vocab_size
+    assert 300 == LiveTeacher(model, vocab_size=300).signal({"input_ids": IDS}).head.vocab_size
 
 
 def test_the_same_tokens_always_get_the_same_signal(model):
     """Bit for bit: nothing random is left on in the teacher."""
     teacher = LiveTeacher(model)
-    assert torch.equal(teacher.signal(IDS).hidden, teacher.signal(IDS).hidden)
+    assert torch.equal(teacher.signal({"input_ids": IDS}).hidden, teacher.signal(IDS).hidden)
 
 
 def test_a_teacher_that_cannot_be_split_is_refused_at_once(model):

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ddkmix.batch import Head
+from ddkmix.batch import DenseSignal, Head, Signal
 from ddkmix.losses import LossTerm
 
 
@@ -24,8 +24,7 @@ def chunked_objective(
     token_weight: Float[Tensor, " n"],
     terms: Sequence[LossTerm],
     *,
-    teacher_hidden: Float[Tensor, "n E"] | None = None,
-    teacher_head: Head | None = None,
+    signal: Signal | None = None,
     chunk_tokens: int = 256,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "terms n"]]:
     """The objective and the value of every term at every token.
@@ -39,8 +38,7 @@ def chunked_objective(
         labels: next tokens.
         token_weight: share of each token in the objective; the trainer puts all normalisation here.
         terms: the weighted losses.
-        teacher_hidden: the teacher's hidden states of the same tokens; None if no term needs it.
-        teacher_head: the teacher's output layer.
+        signal: what the teacher says about the same tokens; None if no term needs it.
         chunk_tokens: tokens whose logits exist at one time.
     """
     weight, bias = head.weight, head.bias
@@ -56,8 +54,7 @@ def chunked_objective(
             labels,
             token_weight,
             tuple(terms),
-            teacher_hidden,
-            teacher_head,
+            signal,
             chunk_tokens,
         )
 
@@ -75,8 +72,7 @@ class _ChunkedObjective(torch.autograd.Function):
         labels: Tensor,
         token_weight: Tensor,
         terms: tuple[LossTerm, ...],
-        teacher_hidden: Tensor | None,
-        teacher_head: Head | None,
+        signal: Signal | None,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -88,21 +84,21 @@ class _ChunkedObjective(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
         compute = _Projection(head, hidden.dtype)
         teacher = None
-        if teacher_head is not None and teacher_hidden is not None:
-            teacher = _Projection(teacher_head, teacher_hidden.dtype)
+        if isinstance(signal, DenseSignal):
+            teacher = _Projection(signal.head, signal.hidden.dtype)
         objective = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden), chunk_tokens):
             part = slice(start, start + chunk_tokens)
             raw = compute.project(hidden[part].detach())
-            teacher_logits = None
-            if teacher is not None and teacher_hidden is not None:
-                teacher_logits = teacher.finish(teacher.project(teacher_hidden[part]))
+            said: Any = None if signal is None else signal.at(part)
+            if teacher is not None:
+                said = teacher.finish(teacher.project(said.hidden))
             with torch.set_grad_enabled(differentiate):
                 raw.requires_grad_(differentiate)
                 logits = compute.finish(raw)
                 chunk = logits.new_zeros(())
                 for k, term in enumerate(terms):
-                    value = term.loss(logits, teacher_logits, labels[part])
+                    value = term.loss(logits, said, labels[part])
                     values[k, part] = value.detach()
                     chunk = chunk + term.weight * (value * token_weight[part]).sum()
             objective += chunk.detach()
@@ -130,7 +126,7 @@ class _ChunkedObjective(torch.autograd.Function):
             for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
         ]
         ctx.grads = None
-        return (*scaled, *[None] * 7)
+        return (*scaled, *[None] * 6)
 
 
 class _Projection:

@@ -1,23 +1,40 @@
-"""Cross-entropy with the next token: -log q(x), q = softmax(student_logits)."""
+"""Cross-entropy with the next token: the language-modelling loss."""
 
-from jaxtyping import Float, Int
-from torch import Tensor
-from torch.nn import functional as F
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-__all__ = ["cross_entropy"]
+__all__ = ["CrossEntropy"]
 
 
-def cross_entropy(student_logits: Float[Tensor, "n V"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """-log q_i(x_i) of each token, nats; `ddkmix.losses.CrossEntropy` is this in a config.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CrossEntropy:
+    """The language-modelling loss, the first term of DDK's objective (arXiv 2407.16154, Eq. 3).
+
+        CE[i] = -log q_i(x_i),  q_i = softmax(student_logits[i]),  x_i = labels[i]
+
+    A student that thinks four tokens equally likely is ln 4 nats away from any of them:
 
     >>> import torch
-    >>> from ddkmix.losses.cross_entropy import cross_entropy
-    >>> nats = cross_entropy(torch.tensor([[3.0, 1.0]]).log(), torch.tensor([1]))
-    >>> [round(value, 4) for value in nats.tolist()]  # ln 4
-    [1.3863]
-
-    Args:
-        student_logits: of the tokens that predict.
-        labels: the next tokens.
+    >>> from ddkmix.losses import CrossEntropy
+    >>> nats = CrossEntropy()(torch.zeros(2, 4), None, torch.tensor([3, 0]))
+    >>> [round(value, 4) for value in nats.tolist()]
+    [1.3863, 1.3863]
     """
-    return F.cross_entropy(student_logits, labels, reduction="none")
+
+    needs_teacher: ClassVar[bool] = False
+    """Whether it looks at the teacher."""
+
+    def __call__(self, student_logits: Any, teacher: Any, labels: Any) -> Any:
+        """-log q_i(x_i) of each token.
+
+        Args:
+            student_logits: (n, V) float32.
+            teacher: not looked at.
+            labels: (n,) int64, the next tokens.
+
+        Returns:
+            (n,) float32, nats per token.
+        """
+        from torch.nn.functional import cross_entropy
+
+        return cross_entropy(student_logits, labels, reduction="none")

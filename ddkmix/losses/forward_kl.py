@@ -1,55 +1,55 @@
-"""Forward KL, the standard distillation term: KL(teacher || student) = sum_v p_v (log p_v - log q_v).
+"""Forward KL, the standard distillation term: KL(teacher || student).
 
-p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature). DDK's Eq. 3 prints the
-arguments the other way round but calls the reverse direction a different method, so this is its term
-(gamma = 0.2, temperature 1). With another temperature the gradient shrinks like 1 / temperature**2;
-`scale_by_temperature` undoes that, as Hinton et al. (arXiv 1503.02531) do.
+DDK's Eq. 3 prints the arguments the other way round but calls the reverse direction a different method, so
+this is its term (gamma = 0.2, temperature 1).
 """
 
 import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from jaxtyping import Float
-from torch import Tensor
-from torch.nn import functional as F
+from ddkmix.losses.divergence import Divergence
 
-__all__ = ["forward_kl"]
-
-_NO_MASS = -1e30
-"""A finite logarithm whose exponential is 0 in every float type."""
+__all__ = ["ForwardKL"]
 
 
-def forward_kl(
-    student_logits: Float[Tensor, "n V"],
-    teacher_logits: Float[Tensor, "n V"],
-    *,
-    temperature: float = 1.0,
-    scale_by_temperature: bool = True,
-) -> Float[Tensor, " n"]:
-    """KL(teacher || student) of each token, nats; `ddkmix.losses.ForwardKL` is this in a config.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForwardKL(Divergence):
+    """KL(teacher || student), the standard distillation term (Hinton et al. 2015, arXiv 1503.02531).
+
+        KL[i] = temperature**2 * sum_v p_i(v) (log p_i(v) - log q_i(v))
+        p = softmax(teacher_logits / temperature),  q = softmax(student_logits / temperature)
+
+    The second term of DDK's objective (arXiv 2407.16154, Eq. 3) with weight 0.2 and temperature 1, and the
+    KLD of pre-training distillation (arXiv 2410.16215, Eq. 3).
+
+    A teacher with p = (3/4, 1/4) and an undecided student: 3/4 ln(3/2) + 1/4 ln(1/2).
 
     >>> import torch
-    >>> from ddkmix.losses.forward_kl import forward_kl
-    >>> logits = torch.tensor([[3.0, 1.0]]).log()
-    >>> forward_kl(logits, logits).tolist()
-    [0.0]
-    >>> [round(value, 4) for value in forward_kl(torch.zeros(1, 2), logits).tolist()]
+    >>> from ddkmix.losses import ForwardKL
+    >>> teacher_logits = torch.tensor([[3.0, 1.0]]).log()
+    >>> nats = ForwardKL()(torch.zeros(1, 2), teacher_logits, torch.tensor([0]))
+    >>> [round(value, 4) for value in nats.tolist()]
     [0.1308]
-
-    Args:
-        student_logits: of the tokens that predict; the result is differentiable in them.
-        teacher_logits: of the same tokens.
-        temperature: divides the logits of both; > 0.
-        scale_by_temperature: multiply the result by temperature**2.
-
-    Returns:
-        Nats per token, times temperature**2 if so scaled.
     """
-    if temperature != 1.0:  # at 1 a division would only copy the two largest tensors of the step
-        student_logits, teacher_logits = student_logits / temperature, teacher_logits / temperature
-    log_q = F.log_softmax(student_logits, dim=-1)
-    log_p = F.log_softmax(teacher_logits, dim=-1)
-    excluded = log_p == -math.inf
-    if excluded.any():  # a class that the teacher excludes adds nothing, but 0 x inf would be nan
-        log_q, log_p = log_q.masked_fill(excluded, 0.0), log_p.masked_fill(excluded, _NO_MASS)
-    terms = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
-    return terms * temperature**2 if scale_by_temperature else terms
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense", "bucket", "renormalize", "drop", "drawn"})
+    """It is linear in p, so random draws estimate it without bias."""
+
+    def between(self, log_q: Any, log_p: Any) -> Any:
+        """sum_v p (log p - log q)."""
+        excluded = log_p == -math.inf  # adds nothing, but 0 x inf would be nan
+        difference = log_p.masked_fill(excluded, 0.0) - log_q.masked_fill(excluded, 0.0)
+        return (log_p.exp() * difference).sum(-1)
+
+    def __call__(self, student_logits: Any, teacher: Any, labels: Any) -> Any:
+        """KL of each token; see `Divergence.__call__` for the arguments."""
+        from ddkmix.losses import classes
+
+        if classes.kind_of(teacher) in ("dense", "bucket"):
+            return Divergence.__call__(self, student_logits, teacher, labels)
+        weights = classes.entry_weights(teacher, self.temperature)
+        log_p = weights.log() if teacher.draws is None else classes.entry_log_probs(teacher, self.temperature)
+        log_q = (student_logits / self.student_temperature).log_softmax(-1).gather(1, teacher.ids)
+        absent = weights == 0
+        return self.scale * (weights * (log_p - log_q).masked_fill(absent, 0.0)).sum(-1)

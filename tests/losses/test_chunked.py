@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddkmix.batch import Head
+from ddkmix.batch import DenseSignal, Head
 from ddkmix.losses import CrossEntropy, ForwardKL, LossTerm
 from ddkmix.losses.chunked import chunked_objective
 
@@ -37,8 +37,10 @@ def make_case(seed=0, *, tokens=NUM_TOKENS, classes=CLASSES, hidden=HIDDEN, **ch
         "labels": torch.randint(kept, (tokens,), generator=generator),
         "token_weight": torch.rand(tokens, generator=generator),
         "terms": TERMS,
-        "teacher_hidden": random(tokens, TEACHER_HIDDEN),
-        "teacher_head": Head(weight=random(classes, TEACHER_HIDDEN), vocab_size=head.vocab_size),
+        "signal": DenseSignal(
+            hidden=random(tokens, TEACHER_HIDDEN),
+            head=Head(weight=random(classes, TEACHER_HIDDEN), vocab_size=head.vocab_size),
+        ),
     }
 
 
@@ -55,8 +57,7 @@ def in_dtype(case, dtype):
         **case,
         "hidden": convert(case["hidden"]),
         "head": head(case["head"]),
-        "teacher_hidden": convert(case["teacher_hidden"]),
-        "teacher_head": head(case["teacher_head"]),
+        "signal": DenseSignal(hidden=convert(case["signal"].hidden), head=head(case["signal"].head)),
     }
 
 
@@ -73,7 +74,7 @@ def unchunked(case, *, dtype=torch.float64):
         return raw[:, : head.vocab_size]
 
     z = logits(case["hidden"], case["head"])
-    y = logits(case["teacher_hidden"], case["teacher_head"])
+    y = logits(case["signal"].hidden, case["signal"].head)
     values = []
     for term in case["terms"]:
         if isinstance(term.loss, CrossEntropy):
@@ -211,7 +212,7 @@ def test_logits_behind_vocab_size_have_no_part_in_the_distribution():
     before = run(case)[1]
     with torch.no_grad():
         case["head"].weight[8:] = 1e3
-        case["teacher_head"].weight[8:] = -1e3
+        case["signal"].head.weight[8:] = -1e3
     torch.testing.assert_close(before, run(case)[1], rtol=0, atol=0)
 
 
@@ -270,7 +271,8 @@ def test_gradients_accumulate_over_micro_batches():
     for half in (slice(0, 4), slice(4, 8)):
         part = {
             **case,
-            **{name: case[name][half] for name in ("hidden", "labels", "token_weight", "teacher_hidden")},
+            **{name: case[name][half] for name in ("hidden", "labels", "token_weight")},
+            "signal": case["signal"].at(half),
         }
         chunked_objective(**part, chunk_tokens=3)[0].backward()
     for truth, ours in zip(expected, gradients(case), strict=True):
@@ -313,7 +315,7 @@ def test_no_tokens_are_no_loss():
 
 def test_no_teacher_is_needed_where_no_term_asks_for_one():
     """Cross-entropy alone runs without the teacher's states, and equals transformers' convention."""
-    case = make_case() | {"terms": (CE,), "teacher_hidden": None, "teacher_head": None}
+    case = make_case() | {"terms": (CE,), "signal": None}
     objective, values = chunked_objective(**case, chunk_tokens=2)
     logits = case["hidden"] @ case["head"].weight.T + case["head"].bias
     expected = F.cross_entropy(logits, case["labels"], reduction="none")
