@@ -50,7 +50,7 @@ def test_the_number_of_classes_is_that_of_both_models(model):
 def test_the_same_tokens_always_get_the_same_signal(model):
     """Bit for bit: nothing random is left on in the teacher."""
     teacher = LiveTeacher(model)
-    assert torch.equal(teacher.signal({"input_ids": IDS}).hidden, teacher.signal(IDS).hidden)
+    assert torch.equal(teacher.signal({"input_ids": IDS}).hidden, teacher.signal({"input_ids": IDS}).hidden)
 
 
 def test_a_teacher_that_cannot_be_split_is_refused_at_once(model):
