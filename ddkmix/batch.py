@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+__all__ = ["DenseSignal", "Head", "TruncatedSignal"]
+
 Tail = Literal["bucket", "renormalize", "drop"]
 """What becomes of the teacher's mass outside the classes that were kept; see `TruncatedSignal`."""
 
@@ -21,16 +23,22 @@ class Head:
     """How hidden states become logits: `softcap(scale * (h W^T + b))`, cut to `vocab_size` classes."""
 
     weight: Float[Tensor, "V D"]
+    """Maps hidden states to logits."""
     bias: Float[Tensor, " V"] | None = None
+    """Added to the logits."""
     scale: float = 1.0
     """Factor on the logits (Cohere's logit_scale, 1 / Granite's logits_scaling)."""
     softcap: float | None = None
-    """Gemma's final_logit_softcapping: c tanh(z / c)."""
+    """Gemma's final_logit_softcapping, a bound on logits: c tanh(z / c)."""
     vocab_size: int | None = None
     """Classes kept; the rows of `weight` behind it belong to no token."""
 
     def finish(self, raw: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
-        """Logits from `h W^T + b`: scale and soft cap."""
+        """Logits from what the linear layer gives: scale and soft cap.
+
+        Args:
+            raw: h W^T + b.
+        """
         if self.scale != 1.0:
             raw = raw * self.scale
         if self.softcap is not None:
@@ -43,10 +51,16 @@ class DenseSignal:
     """What a teacher says about a batch: hidden states from which any chunk of logits can be made."""
 
     hidden: Float[Tensor, "*b D"]
+    """Last hidden states, after the final norm; the state of token t predicts token t + 1."""
     head: Head
+    """The teacher's output layer."""
 
     def at(self, index: Any) -> "DenseSignal":
-        """The same of some positions only; `index` is what `hidden[index]` takes."""
+        """The same of some positions only.
+
+        Args:
+            index: what `hidden[index]` takes: a mask, a slice, numbers.
+        """
         return replace(self, hidden=self.hidden[index])
 
 
@@ -69,7 +83,7 @@ class TruncatedSignal:
     """
 
     ids: Int[Tensor, "*b K"]
-    """Classes. Unused places repeat the token's first class."""
+    """Classes (token ids). Unused places repeat the token's first class."""
     log_probs: Float[Tensor, "*b K"]
     """log p(class) at temperature 1, nats, float32; -inf in unused places."""
     entropy: Float[Tensor, "*b"]
@@ -79,16 +93,20 @@ class TruncatedSignal:
     log_z: Mapping[float, Float[Tensor, "*b"]] = field(default_factory=dict)
     """log sum_v p(v) ** (1 / temperature) for each temperature in use other than 1 (there it is 0)."""
     draws: Int[Tensor, "*b K"] | None = None
-    """How often each entry was drawn; 0 where it stands for itself. None where nothing was drawn."""
+    """Draws of each entry; 0 where it stands for itself. None where nothing was drawn."""
     num_draws: int = 0
     """Draws for each token."""
     drawn_mass: Float[Tensor, "*b"] | None = None
-    """Mass from which the draws were made: 1 without classes that stand for themselves."""
+    """Share of the mass from which the draws were made: 1 without classes that stand for themselves."""
     tail: Tail = "bucket"
     """Only where nothing was drawn."""
 
     def at(self, index: Any) -> "TruncatedSignal":
-        """The same of some positions only: `index` is applied to the axes before K."""
+        """The same of some positions only.
+
+        Args:
+            index: applied to the axes before K: a mask, a slice, numbers.
+        """
         return replace(
             self,
             ids=self.ids[index],
