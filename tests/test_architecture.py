@@ -45,6 +45,7 @@ LAYERS = {
     "index": 4,
     "domains": 5,
     "pack": 6,
+    "teachers": 6,
     # rows -> batches
     "apportion": 4,
     "order": 5,
@@ -90,6 +91,7 @@ LAYERS = {
     "preflight": 22,
     "replay": 23,
     "prepare": 23,
+    "teaching": 23,
     "trainer": 23,
     "setup": 24,
     "report": 24,
