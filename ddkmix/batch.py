@@ -37,7 +37,7 @@ class Head:
         """Logits from what the linear layer gives: scale and soft cap.
 
         Args:
-            raw: h W^T + b.
+            raw: logits without them, h W^T + b.
         """
         if self.scale != 1.0:
             raw = raw * self.scale
