@@ -10,7 +10,10 @@ planned again, so a change is whole at the next step at any worker count and pre
 from collections.abc import Iterator, Mapping, Sequence
 from logging import getLogger
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
+
+import numpy as np
+from jaxtyping import Int
 
 from ddkmix.config import Storage
 from ddkmix.errors import ConfigError, RowError
@@ -23,31 +26,12 @@ from ddkmix.planned_mixture import PlannedMixture
 from ddkmix.planner import OnCap
 from ddkmix.reading import Batch, ReadAhead
 from ddkmix.row_layout import Strategy
-from ddkmix.row_tasks import Substitution, Task
-from ddkmix.sources import RowSource, open_source, with_domain_ids
+from ddkmix.row_tasks import Substitution, Task, places_of
+from ddkmix.sources import MixtureOptions, RowSource, open_source, with_arrays
 from ddkmix.step_loader import StepLoader
 from ddkmix.stream import Count, Stream, describe_stream
 
 _LOG = getLogger("ddkmix")
-
-
-class MixtureOptions(TypedDict, total=False):
-    """Optional arguments of `DomainMixture`, which has their meaning."""
-
-    weights: Mapping[str, float] | None
-    seed: int
-    rank: int | None
-    world_size: int | None
-    num_workers: int
-    prefetch_steps: int
-    max_epochs: float | None
-    on_cap: OnCap
-    count: Count
-    block_rows: int
-    max_substitutes: int
-    storage: Storage | None
-    document_boundaries: bool
-    collate_fn: Collate | None
 
 
 class DomainMixture(PlannedMixture[Any]):
@@ -129,6 +113,7 @@ class DomainMixture(PlannedMixture[Any]):
         self.substitutions: list[Substitution] = []
         """Damaged rows of this rank for which others stood in, in the order of the stream."""
         self._max_substitutes, self._parts = max_substitutes, 1
+        self._stood_in: tuple[Substitution, ...] = ()
 
     @classmethod
     def from_cards(
@@ -220,12 +205,24 @@ class DomainMixture(PlannedMixture[Any]):
             raise ConfigError("count = 'tokens' of your own datasets; give num_tokens for every item.")
         return cls(own_rows(datasets, num_tokens), batch_rows=batch_rows, **options)
 
+    @property
+    def row_places(self) -> Int[np.ndarray, "b 2"]:
+        """Shard and row of each row of this rank's last batch, in its domain's `DomainRows.shards`.
+
+        What a logits store is read by. Of a damaged row, the place of the row that stood in for it.
+        """
+        assert self.last_plan is not None
+        slots = self._slots(self.last_plan)
+        numbers = self.last_plan.row_numbers[slots]
+        return places_of(self.stream, self.last_plan.domain_ids[slots], numbers, self._stood_in)
+
     def loader(
         self,
         *,
         steps: int | None = None,
         microbatches: int = 1,
         domain_ids: bool = False,
+        row_places: bool = False,
         device: Any = None,
     ) -> StepLoader:
         """Batches for a loop that is not ours: see `ddkmix.StepLoader`.
@@ -234,12 +231,20 @@ class DomainMixture(PlannedMixture[Any]):
             steps: optimizer steps of the whole run; None goes on until the domains are used up.
             microbatches: batches for each step (gradient accumulation).
             domain_ids: add `domain_ids` (b,) int64 to every batch that is a dict.
+            row_places: add `row_places` (b, 2) int64 likewise: see the property of this name.
             device: where tensors are moved; None leaves them on the CPU.
 
         Raises:
             ConfigError: `steps` or `microbatches` is wrong.
         """
-        return StepLoader(self, steps=steps, microbatches=microbatches, domain_ids=domain_ids, device=device)
+        return StepLoader(
+            self,
+            steps=steps,
+            microbatches=microbatches,
+            domain_ids=domain_ids,
+            row_places=row_places,
+            device=device,
+        )
 
     def close(self) -> None:
         """Stop the workers and close the files; iterating again starts them anew."""
@@ -253,7 +258,7 @@ class DomainMixture(PlannedMixture[Any]):
     def __next__(self) -> Any:
         batch = self.next_parts(1)[0]
         assert self.last_plan is not None
-        return with_domain_ids(batch, self.last_plan.domain_ids[self._slots(self.last_plan)])
+        return with_arrays(batch, domain_ids=self.last_plan.domain_ids[self._slots(self.last_plan)])
 
     def next_parts(self, parts: int) -> list[Any]:
         """The next step's rows of this rank, dealt into micro-batches; without `domain_ids`.
@@ -275,6 +280,7 @@ class DomainMixture(PlannedMixture[Any]):
             batch = self._receive()
             assert batch is not None  # the step that was just planned
         self._accept(batch.substitutions)
+        self._stood_in = tuple(batch.substitutions)
         self.last_plan = self._plans.consume()
         return self._source.batches(batch, parts)
 

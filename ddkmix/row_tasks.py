@@ -226,3 +226,23 @@ class TaskReader:
             )
             return record, tokens, int(reader.rows.places.num_tokens[place])
         raise DataError(f"{failure} {_ATTEMPTS} substitutes of the domain are damaged too.")
+
+
+def places_of(
+    stream: Stream[DomainRows],
+    domain_ids: Int[np.ndarray, " b"],
+    row_numbers: Int[np.ndarray, " b"],
+    substitutions: Sequence[Substitution],
+) -> Int[np.ndarray, "b 2"]:
+    """Shard and row of each row that a reader gave, those that stood in for damaged ones included."""
+    places = np.empty((len(domain_ids), 2), dtype=np.int64)
+    for domain in np.unique(domain_ids).tolist():
+        mine = domain_ids == domain
+        places[mine] = np.stack(locate_rows(stream.orders[domain], row_numbers[mine]), axis=1)
+    names = [rows.domain for rows in stream.rows]
+    for record in substitutions:
+        domain = names.index(record.domain)
+        shards = [shard.name for shard in stream.rows[domain].shards]
+        instead = shards.index(record.substitute_shard), record.substitute_row
+        places[(domain_ids == domain) & (row_numbers == record.j)] = instead
+    return places

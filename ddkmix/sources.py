@@ -3,8 +3,8 @@
 A source says what a reader process runs and what a loop receives; it knows nothing of plans or versions.
 """
 
-from collections.abc import MutableMapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -14,14 +14,34 @@ from ddkmix.errors import ConfigError
 from ddkmix.index import DomainRows
 from ddkmix.item_tasks import Collate, ItemBatch, ItemReader
 from ddkmix.own_rows import OwnRows
+from ddkmix.planner import OnCap
 from ddkmix.prefetching import ShardPrefetch
 from ddkmix.row_tasks import Ring, RowBatch, TaskReader
 from ddkmix.rows import byte_reader
 from ddkmix.segments import document_positions
-from ddkmix.stream import Stream
+from ddkmix.stream import Count, Stream
 
 IGNORE = -100
 """Label of a position that predicts nothing (transformers' convention)."""
+
+
+class MixtureOptions(TypedDict, total=False):
+    """Optional arguments of `loader.DomainMixture`, which has their meaning."""
+
+    weights: Mapping[str, float] | None
+    seed: int
+    rank: int | None
+    world_size: int | None
+    num_workers: int
+    prefetch_steps: int
+    max_epochs: float | None
+    on_cap: OnCap
+    count: Count
+    block_rows: int
+    max_substitutes: int
+    storage: Storage | None
+    document_boundaries: bool
+    collate_fn: Collate | None
 
 
 @runtime_checkable
@@ -151,12 +171,12 @@ def tensors_of(batch: RowBatch) -> dict[str, Any]:
     return {"input_ids": input_ids, "labels": labels}
 
 
-def with_domain_ids(batch: Any, domain_ids: Int[np.ndarray, " b"]) -> Any:
-    """The batch with `domain_ids` (b,) int64 beside what it holds; as it is where it is no dict."""
+def with_arrays(batch: Any, **arrays: Int[np.ndarray, "b ..."]) -> Any:
+    """The batch with more int64 tensors beside what it holds; as it is where it is no dict."""
     from torch import from_numpy
 
     if isinstance(batch, MutableMapping):
-        batch["domain_ids"] = from_numpy(domain_ids.copy())
+        batch.update({name: from_numpy(array.copy()) for name, array in arrays.items()})
     return batch
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ddkmix.errors import ConfigError, RunError
 from ddkmix.planner import deal
-from ddkmix.sources import with_domain_ids
+from ddkmix.sources import with_arrays
 from ddkmix.stream import check_steps
 
 
@@ -35,6 +35,7 @@ class StepLoader:
         steps: optimizer steps of the whole run; None goes on until the domains are used up.
         microbatches: batches for each step (gradient accumulation).
         domain_ids: add `domain_ids` (b,) int64 to every batch, which must be a dict; models refuse them.
+        row_places: add `row_places` (b, 2) int64 likewise, by which a logits store is read.
         device: where the tensors of a batch are moved, in whatever they are nested (a torch device or its
             name); None leaves them on the CPU.
 
@@ -49,6 +50,7 @@ class StepLoader:
         steps: int | None = None,
         microbatches: int = 1,
         domain_ids: bool = False,
+        row_places: bool = False,
         device: Any = None,
     ) -> None:
         check_steps(steps, microbatches)
@@ -58,7 +60,8 @@ class StepLoader:
         """Optimizer steps of the whole run."""
         self.microbatches: int = microbatches
         """Batches for each step."""
-        self._domain_ids, self._device = domain_ids, device
+        self._names = {"domain_ids": domain_ids, "row_places": row_places}
+        self._device = device
         self._rest: deque[Any] = deque()
         """Micro-batches of the present step that nobody has received."""
         self._rest_step = 0
@@ -132,19 +135,28 @@ class StepLoader:
             parts = self.mixture.next_parts(self.microbatches)
         except StopIteration:
             return False
-        self._rest = deque(self._named(parts) if self._domain_ids else parts)
+        self._rest = deque(self._named(parts) if any(self._names.values()) else parts)
         self._rest_step, self._loads = step, self.mixture.loads
         return True
 
     def _named(self, parts: list[Any]) -> list[Any]:
-        """The micro-batches with the domain of each row."""
+        """The micro-batches with what was asked for about each row."""
+        asked = [name for name, wanted in self._names.items() if wanted]
         if not isinstance(parts[0], MutableMapping):
             raise ConfigError(
-                f"domain_ids = True and batches are {type(parts[0]).__name__}s; let collate_fn give a dict."
+                f"{asked[0]} = True and batches are {type(parts[0]).__name__}s; let collate_fn give a dict."
             )
         plan = self.mixture.last_plan
-        ids = plan.domain_ids[deal(plan, *self.mixture.ranks)]
-        return [with_domain_ids(part, ids[i :: self.microbatches]) for i, part in enumerate(parts)]
+        arrays = {}
+        if "domain_ids" in asked:
+            arrays["domain_ids"] = plan.domain_ids[deal(plan, *self.mixture.ranks)]
+        if "row_places" in asked:
+            arrays["row_places"] = self.mixture.row_places
+        count = self.microbatches
+        return [
+            with_arrays(part, **{name: array[i::count] for name, array in arrays.items()})
+            for i, part in enumerate(parts)
+        ]
 
     def _moved(self, batch: Any) -> Any:
         if self._device is None:

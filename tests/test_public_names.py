@@ -151,7 +151,7 @@ def test_the_public_names_are_those_of_the_last_release() -> None:
 OPAQUE = {
     "ddkmix.index.DomainRows": "made by DomainMixture.from_cards and handed on",
     "ddkmix.integrations.lightning_hooks.TrainLoader": "a StepLoader, which documents it",
-    "ddkmix.loader.MixtureOptions": "the arguments of DomainMixture, which documents them",
+    "ddkmix.sources.MixtureOptions": "the arguments of DomainMixture, which documents them",
     "ddkmix.own_rows.OwnRows": "made by DomainMixture.from_datasets and handed on",
     "ddkmix.planned_mixture.PlannedMixture": "DomainMixture or MixtureBatchSampler, which document it",
     "ddkmix.stream.Stream": "rows and order of a mixture, for the parts of ddkmix",

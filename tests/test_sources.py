@@ -11,7 +11,7 @@ from ddkmix import DomainMixture
 from ddkmix.errors import ConfigError, DataError
 from ddkmix.own_rows import own_rows
 from ddkmix.row_tasks import RowBatch
-from ddkmix.sources import ItemSource, PackedSource, RowSource, open_source, tensors_of, with_domain_ids
+from ddkmix.sources import ItemSource, PackedSource, RowSource, open_source, tensors_of, with_arrays
 from ddkmix.stream import describe_stream
 from tests.hand_made import numbered_rows
 
@@ -105,7 +105,7 @@ def test_micro_batches_of_packed_rows_are_every_nth_row(tmp_path: Path, parts: i
 def test_domain_ids_stand_beside_what_a_dict_holds() -> None:
     """Another batch is as it was; the ids are a copy of the plan's."""
     ids = np.array([0, 1])
-    batch = with_domain_ids({"x": 1}, ids)
+    batch = with_arrays({"x": 1}, domain_ids=ids)
     ids[0] = 5
     assert [0, 1] == batch["domain_ids"].tolist()
-    assert [1, 2] == with_domain_ids([1, 2], ids)
+    assert [1, 2] == with_arrays([1, 2], domain_ids=ids)

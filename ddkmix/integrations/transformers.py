@@ -22,9 +22,10 @@ from ddkmix.errors import ConfigError, did_you_mean
 from ddkmix.integrations.trainer_callback import MixtureCallback, MixtureLoader
 from ddkmix.integrations.trainer_data import taken_apart
 from ddkmix.integrations.trainer_kinds import TrainerKind, stand_in, trainer_kind
-from ddkmix.loader import DomainMixture, MixtureOptions
+from ddkmix.loader import DomainMixture
 from ddkmix.policies import WeightPolicy, policy_of
 from ddkmix.reweighting import MeasuresModels, Reweighter, check_evaluator
+from ddkmix.sources import MixtureOptions
 from ddkmix.types import DomainLosses
 
 __all__ = ["MixtureMixin", "MixtureTrainer", "mixture_trainer"]

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddkmix.batch import TruncatedSignal
+from ddkmix.losses.closed_form import LogProbs
 
 
 def kind_of(teacher: Tensor | TruncatedSignal) -> str:
@@ -21,40 +22,35 @@ def kind_of(teacher: Tensor | TruncatedSignal) -> str:
     return teacher.tail if teacher.draws is None else "drawn"
 
 
-def class_log_probs(
-    student_logits: Float[Tensor, "n V"],
-    teacher: Float[Tensor, "n V"] | TruncatedSignal,
-    student_temperature: float | Float[Tensor, " n"],
-    teacher_temperature: float | Float[Tensor, " n"],
-) -> tuple[Float[Tensor, "n C"], Float[Tensor, "n C"]]:
-    """Log-probabilities of student and teacher; C is V, or K + 1 for a truncated signal (tail `bucket`)."""
-    teacher = spread(teacher, student_logits.shape[1])
-    student_logits = _divided(student_logits, student_temperature)
-    if isinstance(teacher, Tensor):
-        return student_logits.log_softmax(-1), _divided(teacher, teacher_temperature).log_softmax(-1)
-    assert kind_of(teacher) == "bucket", "see accepts"
-    log_p = entry_log_probs(teacher, teacher_temperature)
-    absent = log_p == -math.inf
-    log_z = student_logits.logsumexp(-1, keepdim=True)
-    log_q = (student_logits.gather(1, teacher.ids) - log_z).masked_fill(absent, -math.inf)
-    outside = student_logits.scatter(1, teacher.ids, -math.inf).logsumexp(-1, keepdim=True) - log_z
-    rest = log_complement(log_p)
-    return torch.cat([log_q, outside], dim=1), torch.cat([log_p, rest], dim=1)
-
-
-def spread(
-    teacher: Float[Tensor, "n V"] | TruncatedSignal, vocab_size: int
-) -> Float[Tensor, "n V"] | TruncatedSignal:
-    """A renormalised signal as logits of all classes, -inf in those that were not kept; anything else as it is.
+def all_classes(teacher: LogProbs | TruncatedSignal, vocab_size: int) -> LogProbs | TruncatedSignal:
+    """A renormalised signal as logits of all classes, -inf in those that were not kept; others as they are.
 
     Softmax of them at any temperature is the published truncation, softmax(Truncate(z) / temperature)
     (arXiv 2410.16215, Eq. 4).
     """
-    if isinstance(teacher, Tensor) or kind_of(teacher) != "renormalize":
+    if isinstance(teacher, LogProbs) or kind_of(teacher) != "renormalize":
         return teacher
     logits = teacher.log_probs.new_full((len(teacher.ids), vocab_size), -math.inf)
     # unused places repeat a class with -inf, which must not overwrite it
-    return logits.scatter_reduce(1, teacher.ids, teacher.log_probs, "amax")
+    return LogProbs(logits.scatter_reduce(1, teacher.ids, teacher.log_probs, "amax"))
+
+
+def log_probs_of(
+    student: LogProbs,
+    teacher: LogProbs | TruncatedSignal,
+    student_temperature: float | Float[Tensor, " n"],
+    teacher_temperature: float | Float[Tensor, " n"],
+) -> tuple[Float[Tensor, "n C"], Float[Tensor, "n C"]]:
+    """Log-probabilities of both; C is V, or K + 1 for a truncated signal with the tail `bucket`."""
+    log_q = student.at(student_temperature)
+    if isinstance(teacher, LogProbs):
+        return log_q, teacher.at(teacher_temperature)
+    assert kind_of(teacher) == "bucket", "no losses are given what they do not accept"
+    assert isinstance(teacher_temperature, float)
+    log_p = entry_log_probs(teacher, teacher_temperature)
+    kept = log_q.gather(1, teacher.ids).masked_fill(log_p == -math.inf, -math.inf)
+    rest = log_q.scatter(1, teacher.ids, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([kept, rest], dim=1), torch.cat([log_p, log_complement(log_p)], dim=1)
 
 
 def entry_log_probs(teacher: TruncatedSignal, temperature: float) -> Float[Tensor, "n K"]:
@@ -83,10 +79,3 @@ def log_complement(log_p: Float[Tensor, "n K"]) -> Float[Tensor, "n 1"]:
     """log(1 - sum of p), -inf where nothing is left."""
     total = log_p.logsumexp(-1, keepdim=True).clamp(max=0.0)
     return torch.log(-torch.expm1(total))
-
-
-def _divided(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    """At temperature 1 a division would only copy the two largest tensors of the step."""
-    if isinstance(temperature, Tensor):
-        return logits / temperature[:, None]
-    return logits if temperature == 1.0 else logits / temperature

@@ -76,6 +76,41 @@ class Divergence:
         """
         raise NotImplementedError
 
+    def between_and_slope(self, log_q: Any, log_p: Any) -> tuple[Any, Any]:
+        """`between` and its derivative, written out. Without it `between` is differentiated by autograd.
+
+        Args:
+            log_q: (n, C) log-probabilities of the student, without a gradient.
+            log_p: (n, C) log-probabilities of the teacher, as in `between`.
+
+        Returns:
+            (n,) the same values as `between`, and (n, C) d between / d log_q, which may be off by a multiple
+            of q (forward KL: -p; for any other, q times the derivative by q). Finite where `between` is.
+        """
+        from ddkmix.losses.closed_form import by_autograd
+
+        return by_autograd(self.between, log_q, log_p)
+
+    def value_and_slope(self, student: Any, teacher: Any, labels: Any) -> tuple[Any, Any]:
+        """What `__call__` gives, and its derivative; see `TokenLoss`."""
+        from ddkmix.losses import classes, closed_form, temperature
+
+        tempered = self.tempering(student, teacher)
+        teacher = classes.all_classes(teacher, student.logits.shape[1])
+        log_q, log_p = classes.log_probs_of(student, teacher, tempered.student, tempered.teacher)
+        if closed_form.keeps_up(type(self), "between_and_slope", "between"):
+            values, slope = self.between_and_slope(log_q, log_p)
+        else:
+            values, slope = closed_form.by_autograd(self.between, log_q, log_p)
+        values = tempered.factor * values
+        common = {"temperature": tempered.student, "factor": tempered.factor}
+        if isinstance(teacher, closed_form.LogProbs):
+            if self.adapt == "norm_kd":
+                slope = slope + temperature.through_deviation(student.logits, log_q, slope, self.temperature)
+            return values, closed_form.Slope(dense=slope, **common)
+        parts = {"entries": slope[:, :-1], "rest": slope[:, -1:], "log_q_rest": log_q[:, -1:]}
+        return values, closed_form.Slope(ids=teacher.ids, **parts, **common)
+
     def __call__(self, student_logits: Any, teacher: Any, labels: Any) -> Any:
         """The divergence of each token.
 
@@ -85,20 +120,23 @@ class Divergence:
             labels: not looked at.
 
         Returns:
-            (n,) float32, nats per token, times temperature**2 if so scaled.
+            (n,) float32, nats per token, times the factor of its temperature if so scaled.
         """
-        from ddkmix.losses.classes import class_log_probs
+        from ddkmix.losses import classes, closed_form
 
-        tempered = self.tempering(student_logits, teacher)
-        log_q, log_p = class_log_probs(student_logits, teacher, tempered.student, tempered.teacher)
+        student = closed_form.LogProbs(student_logits)
+        said = teacher if hasattr(teacher, "log_probs") else closed_form.LogProbs(teacher)
+        tempered = self.tempering(student, said)
+        said = classes.all_classes(said, student_logits.shape[1])
+        log_q, log_p = classes.log_probs_of(student, said, tempered.student, tempered.teacher)
         return tempered.factor * self.between(log_q, log_p)
 
-    def tempering(self, student_logits: Any, teacher: Any) -> Any:
+    def tempering(self, student: Any, teacher: Any) -> Any:
         """What divides the logits of each side, and what the divergence is multiplied by.
 
         Args:
-            student_logits: (n, V) float32.
-            teacher: (n, V) float32 logits, or a TruncatedSignal of the n tokens.
+            student: its `LogProbs`.
+            teacher: its `LogProbs`, or a TruncatedSignal of the same tokens.
 
         Returns:
             A `ddkmix.losses.temperature.Tempering`: numbers for all tokens, or (n,) for each.
@@ -108,9 +146,9 @@ class Divergence:
         both = self.temperature_on == "both"
         power = self.scale_power if self.scale_by_temperature else 0
         if self.adapt == "norm_kd":
-            return temperature.norm_kd(self.temperature, student_logits, teacher, power)
+            return temperature.norm_kd(self.temperature, student.logits, teacher.logits, power)
         if self.adapt in ("adakd_sd", "adakd_h"):
-            return temperature.ada_kd(self.adapt, self.temperature, teacher, power, both=both)
+            return temperature.ada_kd(self.adapt, self.temperature, teacher.at(1.0), power, both=both)
         factor = temperature.power_sum(teacher, self.temperature) if self.adapt == "wttm" else self.scale
         return temperature.Tempering(
             student=self.student_temperature, teacher=self.temperature, factor=factor

@@ -28,3 +28,7 @@ class NLL(ForwardKL):
     >>> [round(value, 4) for value in nats.tolist()]
     [0.6931]
     """
+
+    def _nats(self, log_q: Any, log_p: Any) -> Any:
+        """What is averaged over p."""
+        return -log_q

@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddkmix.batch import TruncatedSignal
+from ddkmix.losses.closed_form import LogProbs
 
 
 _LEAST_DEVIATION = 1e-6
@@ -57,32 +58,56 @@ def norm_kd(
     )
 
 
+def through_deviation(
+    student_logits: Float[Tensor, "n V"],
+    log_q: Float[Tensor, "n V"],
+    slope: Float[Tensor, "n V"],
+    temperature: float,
+) -> Float[Tensor, "n V"]:
+    """What NormKD's student temperature adds to a slope, because it depends on the student's logits z.
+
+    With u = z / tau and g = d loss / du, tau = temperature x std(z):  d loss / dz = g / tau plus
+    -(sum_v g_v u_v) / tau x d tau / dz,  d tau / dz_v = temperature**2 (z_v - mean(z)) / ((V - 1) tau).
+
+    Args:
+        student_logits: z.
+        log_q: log softmax(u).
+        slope: d loss / d log_q.
+        temperature: factor on the standard deviation.
+    """
+    absent = student_logits == -math.inf
+    z, count = student_logits.masked_fill(absent, 0.0), (~absent).sum(-1, keepdim=True)
+    tau = temperature * deviation(student_logits)[:, None]
+    by_u = slope - log_q.exp() * slope.sum(-1, keepdim=True)
+    by_tau = -(by_u * z).sum(-1, keepdim=True) / tau
+    from_mean = (z - z.sum(-1, keepdim=True) / count).masked_fill(absent, 0.0)
+    return by_tau * temperature**2 / ((count - 1) * tau) * from_mean
+
+
 def ada_kd(
-    form: str, temperature: float, teacher_logits: Float[Tensor, "n V"], power: int, *, both: bool
+    form: str, temperature: float, log_p: Float[Tensor, "n V"], power: int, *, both: bool
 ) -> Tempering:
     """AdaKD as reconstructed above: a temperature between 1 and `temperature`, by the teacher's sharpness.
 
     Args:
         form: `adakd_sd` or `adakd_h`.
         temperature: that of a teacher who is certain.
-        teacher_logits: at temperature 1.
+        log_p: the teacher's log-probabilities at temperature 1.
         power: of the temperature, which multiplies the loss if it is that of both sides; 0 for none.
         both: whether the student is tempered too.
     """
-    log_p = teacher_logits.log_softmax(-1)
     tau = 1.0 + (temperature - 1.0) * (_by_deviation(log_p) if form == "adakd_sd" else _by_entropy(log_p))
     return Tempering(student=tau if both else 1.0, teacher=tau, factor=tau**power if both else 1.0)
 
 
-def power_sum(
-    teacher: Float[Tensor, "n V"] | TruncatedSignal, temperature: float
-) -> Float[Tensor, " n"] | float:
+def power_sum(teacher: LogProbs | TruncatedSignal, temperature: float) -> Float[Tensor, " n"] | float:
     """sum_v p(v) ** (1 / temperature), WTTM's weight of each token; a truncated signal has its logarithm."""
     if temperature == 1.0:
         return 1.0
     if isinstance(teacher, TruncatedSignal):
         return teacher.log_z[temperature].exp()
-    return (teacher.log_softmax(-1) / temperature).logsumexp(-1).exp()
+    log_z = teacher.logits.logsumexp(-1)
+    return ((teacher.logits / temperature).logsumexp(-1) - log_z / temperature).exp()
 
 
 def deviation(logits: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:

@@ -1,4 +1,4 @@
-"""Logits of random tokens in float64, and every kind of truncated signal made of a teacher's."""
+"""Teacher signals of every kind for tests of losses, in float64."""
 
 import math
 
@@ -6,56 +6,33 @@ import torch
 
 from ddkmix.batch import TruncatedSignal
 
-TEMPERATURES = (0.5, 2.0, 4.0)
-"""Temperatures other than 1 of which the signals know log Z."""
+KINDS = ("dense", "bucket", "renormalize", "drop", "drawn")
+"""What a loss can accept."""
 
 
-def random_pair(seed=0, tokens=4, classes=6, spread=2.0):
-    """Logits of student and teacher in float64; the student's is a leaf."""
+def teacher_of(kind, logits, *, kept=4, temperatures=(1.0, 2.0), seed=0):
+    """What a teacher with these (n, V) logits says: the logits themselves, or their `kept` best classes.
+
+    Where more than two are kept, the last place of the first token is unused, as in a row of a store.
+    `drawn` keeps one class for itself and spends 8 draws on the others.
+    """
+    if kind == "dense":
+        return logits
+    log_p = logits.log_softmax(-1)
+    values, ids = log_p.sort(-1, descending=True)
+    values, ids = values[:, :kept].clone(), ids[:, :kept].clone()
+    if kept > 2 and len(ids):
+        values[0, -1], ids[0, -1] = -math.inf, ids[0, 0]
+    common = {
+        "entropy": -(log_p.exp() * log_p).nan_to_num(0.0).sum(-1),
+        "teacher_nats": -log_p[:, 0],
+        "log_z": {t: (log_p / t).logsumexp(-1) for t in temperatures if t != 1.0},
+    }
+    if kind != "drawn":
+        return TruncatedSignal(ids=ids, log_probs=values, tail=kind, **common)
     generator = torch.Generator().manual_seed(seed)
-    student, teacher = (
-        spread * torch.randn(tokens, classes, generator=generator, dtype=torch.float64) for _ in range(2)
-    )
-    return student.requires_grad_(), teacher
-
-
-def _signal(teacher_logits, ids, log_probs, **others):
-    log_p = teacher_logits.log_softmax(-1)
-    return TruncatedSignal(
-        ids=ids,
-        log_probs=log_probs,
-        entropy=-(log_p.exp() * log_p).sum(-1),
-        teacher_nats=torch.zeros(len(ids), dtype=log_p.dtype),
-        log_z={t: (log_p / t).logsumexp(-1) for t in TEMPERATURES},
-        **others,
-    )
-
-
-def top(teacher_logits, k, tail="bucket", *, unused=0):
-    """The k likeliest classes of each token, then `unused` places as the store leaves them."""
-    kept = teacher_logits.log_softmax(-1).topk(k)
-    ids = torch.cat([kept.indices, kept.indices[:, :1].expand(-1, unused)], dim=1)
-    filler = kept.values.new_full((len(ids), unused), -math.inf)
-    return _signal(teacher_logits, ids, torch.cat([kept.values, filler], dim=1), tail=tail)
-
-
-def drawn(teacher_logits, num_draws, generator, *, exact=0):
-    """`num_draws` draws with replacement outside the `exact` likeliest classes, which stand for themselves."""
-    log_p = teacher_logits.log_softmax(-1)
-    kept = log_p.topk(exact).indices
-    outside = log_p.exp().scatter(1, kept, 0.0)
-    found = torch.multinomial(outside, num_draws, replacement=True, generator=generator)
-    counts = torch.zeros_like(log_p).scatter_add(1, found, torch.ones_like(found, dtype=log_p.dtype))
-    # every class has a place here: those that were neither kept nor drawn are left unused
-    there = counts > 0
-    there = there.scatter(1, kept, True)
-    ids = torch.arange(log_p.shape[1]).expand_as(log_p)
-    ids = torch.where(there, ids, there.double().argmax(-1, keepdim=True))
-    return _signal(
-        teacher_logits,
-        ids,
-        log_p.masked_fill(~there, -math.inf),
-        draws=counts.long(),
-        num_draws=num_draws,
-        drawn_mass=outside.sum(-1),
-    )
+    draws = torch.randint(1, 4, ids.shape, generator=generator)
+    draws[:, 0] = 0
+    draws[values == -math.inf] = 0
+    mass = 1 - values[:, 0].exp()
+    return TruncatedSignal(ids=ids, log_probs=values, draws=draws, num_draws=8, drawn_mass=mass, **common)

@@ -1,268 +1,273 @@
-"""What holds for every divergence, against its published formula written out, in float64."""
+"""What divergences share: closed forms of their derivatives against autograd, for every loss and signal."""
 
 import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddkmix.losses import (
-    JSD,
-    MSE,
-    NLL,
-    ForwardKL,
-    ReverseKL,
-    SkewKL,
-    SkewReverseKL,
-    TotalVariation,
-)
-from tests.losses.signals import random_pair, top
+from ddkmix.losses import LOSSES, CrossEntropy, ForwardKL, ReverseKL
+from ddkmix.losses.closed_form import LogProbs, Slope, keeps_up, logit_gradient
+from ddkmix.losses.divergence import Divergence
+from tests.losses.signals import KINDS, teacher_of
 
-INFINITE = math.inf
-SETTINGS = settings(deadline=None, derandomize=True, max_examples=30)
+EXACT = {"rtol": 1e-9, "atol": 1e-10}
 
 
-def kl(a, b):
-    """sum a log(a / b), where a = 0 adds nothing."""
-    return math.fsum(x * math.log(x / y) for x, y in zip(a, b, strict=True) if x > 0)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnlyBetween(Divergence):
+    """A divergence from outside the package with no closed form: sum_v (q - p)^2."""
+
+    def between(self, log_q: Any, log_p: Any) -> Any:
+        """The squared distance."""
+        return (log_q.exp() - log_p.exp()).square().sum(-1)
 
 
-def mixed(share, a, b):
-    """share a + (1 - share) b."""
-    return [share * x + (1 - share) * y for x, y in zip(a, b, strict=True)]
+def pairs():
+    """Every loss with every kind of signal that it accepts."""
+    return [
+        pytest.param(cls, kind, id=f"{cls.__name__}-{kind}")
+        for cls in (*LOSSES.values(), OnlyBetween)
+        for kind in KINDS
+        if hasattr(cls, "value_and_slope") and kind in getattr(cls, "accepts", {"dense"})
+    ]
 
 
-def jsd(p, q, beta):
-    """GKD, Eq. 1."""
-    m = mixed(beta, p, q)
-    return beta * kl(p, m) + (1 - beta) * kl(q, m)
-
-
-def squares_of_logits(p, q):
-    """Mean of the squared differences of centred logits."""
-    y, z = ([math.log(x) for x in side] for side in (p, q))
-    n = len(p)
-    return math.fsum((a - sum(y) / n - b + sum(z) / n) ** 2 for a, b in zip(y, z, strict=True)) / n
-
-
-PUBLISHED = {
-    "forward_kl": (ForwardKL, {}, kl),
-    "reverse_kl": (ReverseKL, {}, lambda p, q: kl(q, p)),
-    "nll": (NLL, {}, lambda p, q: -math.fsum(a * math.log(b) for a, b in zip(p, q, strict=True))),
-    "jsd": (JSD, {}, lambda p, q: jsd(p, q, 0.5)),
-    "jsd 0.1": (JSD, {"beta": 0.1}, lambda p, q: jsd(p, q, 0.1)),
-    "jsd of one scale": (JSD, {"beta": 0.9, "normalize": True}, lambda p, q: jsd(p, q, 0.9) / 0.09),
-    "skew_kl": (SkewKL, {}, lambda p, q: kl(p, mixed(0.1, p, q))),
-    "skew_kl 0.7": (SkewKL, {"skew": 0.7}, lambda p, q: kl(p, mixed(0.7, p, q))),
-    "skew_reverse_kl": (SkewReverseKL, {}, lambda p, q: kl(q, mixed(0.1, q, p))),
-    "skew_reverse_kl 0.7": (SkewReverseKL, {"skew": 0.7}, lambda p, q: kl(q, mixed(0.7, q, p))),
-    "total_variation": (
-        TotalVariation,
-        {},
-        lambda p, q: math.fsum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2,
-    ),
-    "mse": (MSE, {}, lambda p, q: math.fsum((a - b) ** 2 for a, b in zip(p, q, strict=True))),
-    "mse of logits": (MSE, {"of": "logits"}, squares_of_logits),
-}
-"""Name -> loss, parameters, formula of p and q."""
-EVERY = pytest.mark.parametrize("name", PUBLISHED)
-BOUNDED = [name for name in PUBLISHED if name.split()[0] in ("jsd", "skew_kl", "skew_reverse_kl", "mse")]
-BOUNDED.remove("mse of logits")
-
-
-def loss_of(name, **parameters):
-    """The loss with the parameters of its entry."""
-    cls, own, _ = PUBLISHED[name]
-    return cls(**own, **parameters)
-
-
-def softmax(logits, temperature=1.0):
-    """Probabilities, one at a time."""
-    powers = [math.exp(z / temperature) for z in logits]
-    return [power / math.fsum(powers) for power in powers]
-
-
-def tensor(*logits):
-    """One row of logits in float64."""
-    return torch.tensor([list(logits)], dtype=torch.float64)
-
-
-def pairs(largest=8.0):
-    """Logits of student and teacher over the same 2 to 8 classes."""
-    return st.lists(
-        st.tuples(st.floats(-largest, largest), st.floats(-largest, largest)), min_size=2, max_size=8
+def logits_of(seed, tokens=5, classes=9, spread=2.0):
+    """Student's and teacher's logits and labels, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (
+        spread * torch.randn(tokens, classes, generator=generator, dtype=torch.float64) for _ in range(2)
     )
+    return student, teacher, torch.randint(classes, (tokens,), generator=generator)
 
 
-@EVERY
-@SETTINGS
-@given(logits=pairs(), temperature=st.sampled_from([0.5, 1.0, 2.0]))
-def test_it_is_the_published_formula(name, logits, temperature):
-    """At any temperature, for any logits, with the factor of its scale and without."""
-    student, teacher = zip(*logits, strict=True)
-    expected = PUBLISHED[name][2](softmax(teacher, temperature), softmax(student, temperature))
-    for scaled in (False, True):
-        loss = loss_of(name, temperature=temperature, scale_by_temperature=scaled)
-        value = loss(tensor(*student), tensor(*teacher), None).item()
-        factor = temperature**loss.scale_power if scaled else 1.0
-        assert factor * expected == pytest.approx(value, rel=1e-7, abs=1e-10)
+def by_autograd(loss, student, teacher, labels, row):
+    """Values, and the gradient of sum_i row_i loss(i) through `__call__`."""
+    leaf = student.clone().requires_grad_()
+    values = loss(leaf, teacher, labels)
+    (gradient,) = torch.autograd.grad((values * row).sum(), leaf)
+    return values.detach(), gradient
 
 
-@pytest.mark.parametrize(("right", "wrong"), [("skew_kl", "skew_reverse_kl"), ("jsd 0.1", "jsd"), ("mse", "nll")])
-def test_the_formulas_tell_the_losses_apart(right, wrong):
-    """A swapped direction, another beta or the wrong loss would be noticed."""
-    student, teacher = (0.0, 1.0, 3.0), (2.0, 0.5, 0.0)
-    value = loss_of(wrong)(tensor(*student), tensor(*teacher), None).item()
-    assert value != pytest.approx(PUBLISHED[right][2](softmax(teacher), softmax(student)), rel=0.02)
+def closed(loss, student, teacher, labels, row):
+    """The same by the closed form."""
+    log_q = LogProbs(student)
+    said = LogProbs(teacher) if isinstance(teacher, torch.Tensor) else teacher
+    values, slope = loss.value_and_slope(log_q, said, labels)
+    return values, logit_gradient(log_q, [(row, slope)])
 
 
-@EVERY
-@SETTINGS
-@given(logits=st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8))
-def test_equal_distributions_have_no_divergence(name, logits):
-    """d(p, p) is exactly 0, and so is its gradient but for rounding; NLL is the entropy instead."""
-    student = tensor(*logits).requires_grad_()
-    value = loss_of(name)(student, student.detach().clone(), None)
-    if name != "nll":
-        assert [0.0] == value.tolist()
-    value.sum().backward()
-    assert student.grad.abs().max() < 1e-12
+def assert_same(expected, actual, **tolerance):
+    """Values and gradients agree."""
+    for left, right in zip(expected, actual, strict=True):
+        torch.testing.assert_close(left, right, **(tolerance or EXACT))
 
 
-@EVERY
-@pytest.mark.parametrize("kind", ["dense", "bucket", "renormalize"])
-def test_finite_differences_agree_with_the_gradient(name, kind):
-    """In float64, at a temperature, for every kind of signal that it accepts of these."""
-    student, logits = random_pair()
-    loss = loss_of(name, temperature=2.0)
-    if kind not in loss.kinds:
-        pytest.skip("not defined")
-    teacher = logits if kind == "dense" else top(logits, 3, kind, unused=1)
-    assert torch.autograd.gradcheck(lambda z: loss(z, teacher, None), (student,))
+def settings_of(cls):
+    """Temperatures on both sides, on the teacher alone, and unscaled, where a loss has them."""
+    if not issubclass(cls, Divergence):
+        return [{}]
+    return [
+        {},
+        {"temperature": 2.0},
+        {"temperature": 2.0, "temperature_on": "teacher"},
+        {"temperature": 2.0, "scale_by_temperature": False},
+    ]
 
 
-@EVERY
-@SETTINGS
-@given(logits=pairs(), left=st.floats(-50, 50), right=st.floats(-50, 50))
-def test_a_constant_added_to_the_logits_changes_nothing(name, logits, left, right):
-    """Softmax knows differences alone, on either side."""
-    student, teacher = (tensor(*side) for side in zip(*logits, strict=True))
-    loss = loss_of(name)
-    shifted = loss(student + left, teacher + right, None).item()
-    assert loss(student, teacher, None).item() == pytest.approx(shifted, rel=1e-7, abs=1e-9)
+@pytest.mark.parametrize(("cls", "kind"), pairs())
+def test_closed_forms_equal_autograd(cls, kind):
+    """Value and gradient of every loss, signal and temperature, in float64."""
+    student, logits, labels = logits_of(0)
+    teacher, row = teacher_of(kind, logits), torch.tensor([0.1, 2.0, 0.0, -1.0, 0.5], dtype=torch.float64)
+    for parameters in settings_of(cls):
+        arguments = (cls(**parameters), student, teacher, labels, row)
+        assert_same(by_autograd(*arguments), closed(*arguments))
 
 
-@EVERY
-@SETTINGS
-@given(logits=pairs(largest=1e3))
-def test_it_is_never_negative_and_never_nan(name, logits):
-    """Within rounding, even for logits a thousand nats apart."""
-    student, teacher = (tensor(*side) for side in zip(*logits, strict=True))
-    student.requires_grad_()
-    value = loss_of(name)(student, teacher, None)
-    value.sum().backward()
-    assert value.item() >= -1e-9
-    assert student.grad.isfinite().all()
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 5),
+    st.integers(2, 30),
+    st.floats(0.1, 30),
+    st.sampled_from([parameter.values for parameter in pairs()]),
+)
+def test_closed_forms_equal_autograd_for_any_sizes_and_confidence(seed, tokens, classes, spread, pair):
+    """From nearly uniform to nearly certain students and teachers, one token to five, two classes to 30."""
+    cls, kind = pair
+    student, logits, labels = logits_of(seed, tokens, classes, spread)
+    teacher = teacher_of(kind, logits, kept=min(4, classes))
+    arguments = (cls(), student, teacher, labels, torch.ones(tokens, dtype=torch.float64))
+    expected, actual = by_autograd(*arguments), closed(*arguments)
+    scale = 1 + expected[0].abs().max().item()
+    assert_same(expected, actual, rtol=1e-7, atol=1e-9 * scale)
 
 
-@EVERY
-def test_classes_that_both_exclude_add_nothing(name):
-    """-inf on both sides: value and gradient are those without the class."""
-    student, teacher = tensor(0.0, 1.0, 2.5), tensor(1.0, 0.0, 0.5)
-    values, gradients = [], []
-    for extra in ([], [-INFINITE]):
-        z = torch.cat([student, tensor(*extra)], dim=1).requires_grad_()
-        value = loss_of(name)(z, torch.cat([teacher, tensor(*extra)], dim=1), None)
-        value.sum().backward()
-        values.append(value.item())
-        gradients.append(z.grad[0, :3].tolist())
-    assert values[0] == pytest.approx(values[1])
-    assert gradients[0] == pytest.approx(gradients[1])
+def test_losses_of_several_temperatures_add_up():
+    """Three terms, two of them at one temperature: the gradient of their sum."""
+    student, logits, labels = logits_of(1)
+    terms = [(1.0, CrossEntropy()), (0.2, ForwardKL()), (3.0, ReverseKL(temperature=2.0))]
+    row, log_q = torch.ones(5, dtype=torch.float64), LogProbs(student)
+    expected = sum(w * by_autograd(loss, student, logits, labels, row)[1] for w, loss in terms)
+    slopes = [(w * row, loss.value_and_slope(log_q, LogProbs(logits), labels)[1]) for w, loss in terms]
+    torch.testing.assert_close(expected, logit_gradient(log_q, slopes), **EXACT)
 
 
-@pytest.mark.parametrize("name", [*BOUNDED, "total_variation"])
-def test_it_stays_finite_where_one_side_excludes_a_class(name):
-    """Zero probability on one side alone: the published formula with 0 log 0 = 0, and a finite gradient."""
-    for logits in [((0.0, 1.0, -INFINITE), (0.5, 0.0, 1.0)), ((0.0, 1.0, 2.0), (0.5, 0.0, -INFINITE))]:
-        student, teacher = logits
-        z = tensor(*student).requires_grad_()
-        value = loss_of(name)(z, tensor(*teacher), None)
-        value.sum().backward()
-        expected = PUBLISHED[name][2](softmax(teacher), softmax(student))
-        assert expected == pytest.approx(value.item())
-        assert z.grad.isfinite().all()
+def test_no_terms_have_no_gradient():
+    """Nothing to learn is a gradient of 0."""
+    assert [[0.0, 0.0]] == logit_gradient(LogProbs(torch.ones(1, 2)), []).tolist()
 
 
-@EVERY
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_bucket_signal_compares_the_kept_classes_and_one_for_the_rest(name, temperature):
-    """The formula over K + 1 probabilities; unused places change nothing."""
-    student, logits = random_pair()
-    loss = loss_of(name, temperature=temperature, scale_by_temperature=False)
-    if "bucket" not in loss.kinds:
-        pytest.skip("not defined")
-    for i, (z, y) in enumerate(zip(student.tolist(), logits.tolist(), strict=True)):
-        p, q = softmax(y, temperature), softmax(z, temperature)
-        kept = sorted(range(6), key=lambda v: -p[v])[:3]
-        sides = [[side[v] for v in kept] + [1 - sum(side[v] for v in kept)] for side in (p, q)]
-        for unused in (0, 2):
-            value = loss(student, top(logits, 3, unused=unused), None)[i].item()
-            assert PUBLISHED[name][2](*sides) == pytest.approx(value)
+def test_each_token_may_have_its_own_temperature():
+    """A loss that sets the temperature of each token says so in its slope."""
+    student, _, labels = logits_of(2)
+    temperature = torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
+    leaf = student.clone().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(leaf / temperature[:, None], labels, reduction="sum")
+    (expected,) = torch.autograd.grad(loss, leaf)
+    slope = Slope(temperature=temperature, ids=labels[:, None], entries=-torch.ones(5, 1).double())
+    ones = torch.ones(5, dtype=torch.float64)
+    torch.testing.assert_close(expected, logit_gradient(LogProbs(student), [(ones, slope)]), **EXACT)
 
 
-@EVERY
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_renormalised_signal_has_probability_0_elsewhere(name, temperature):
-    """The formula with F = softmax(Truncate(z) / temperature) of PD's Eq. 4, over all classes."""
-    student, logits = random_pair()
-    loss = loss_of(name, temperature=temperature, scale_by_temperature=False)
-    if "renormalize" not in loss.kinds:
-        pytest.skip("not defined")
-    for i, (z, y) in enumerate(zip(student.tolist(), logits.tolist(), strict=True)):
-        least = sorted(y)[-3]
-        powers = [math.exp(x / temperature) if x >= least else 0.0 for x in y]
-        f = [power / sum(powers) for power in powers]
-        value = loss(student, top(logits, 3, "renormalize", unused=2), None)[i].item()
-        assert PUBLISHED[name][2](f, softmax(z, temperature)) == pytest.approx(value)
+def test_a_multiple_of_q_in_a_slope_changes_nothing():
+    """Softmax is blind to it, so a closed form may leave it out."""
+    student, _, _ = logits_of(3)
+    log_q, row = LogProbs(student), torch.ones(5, dtype=torch.float64)
+    slope = torch.randn(5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gradients = [
+        logit_gradient(log_q, [(row, Slope(dense=slope + shift * log_q.at(1.0).exp()))]) for shift in (0, 7)
+    ]
+    torch.testing.assert_close(*gradients, **EXACT)
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if "mse" not in name and name != "nll"])
-def test_the_bucket_is_a_lower_bound(name):
-    """Merging classes cannot increase an f-divergence (data processing); with k = V - 1 nothing is merged."""
-    student, logits = random_pair(tokens=50)
-    dense = loss_of(name)(student, logits, None)
-    values = [loss_of(name)(student, top(logits, k), None) for k in range(1, 6)]
-    for coarse, fine in zip(values, [*values[1:], dense], strict=True):
-        assert (coarse <= fine + 1e-12).all()
-    torch.testing.assert_close(dense, values[-1])
+def test_the_published_gradients():
+    """Forward KL: q - p; reverse KL: q (rho - D), rho = log q - log p; cross-entropy: q - e_label."""
+    student, logits, labels = logits_of(4)
+    row = torch.ones(5, dtype=torch.float64)
+    q, p = student.softmax(-1), logits.softmax(-1)
+    rho = q.log() - p.log()
+    divergence = (q * rho).sum(-1, keepdim=True)
+    expected = {
+        ForwardKL: q - p,
+        ReverseKL: q * (rho - divergence),
+        CrossEntropy: q - torch.nn.functional.one_hot(labels, 9),
+    }
+    for cls, gradient in expected.items():
+        torch.testing.assert_close(gradient, closed(cls(), student, logits, labels, row)[1], **EXACT)
 
 
-@EVERY
-def test_float32_is_close_to_float64_with_a_large_vocabulary(name):
-    """20,000 classes: within 1e-5 of the value, and of the gradient's norm."""
-    student, teacher = random_pair(tokens=3, classes=20_000)
-    single = student.detach().float().requires_grad_()
-    exact, value = loss_of(name)(student, teacher, None), loss_of(name)(single, teacher.float(), None)
-    assert exact.tolist() == pytest.approx(value.tolist(), rel=1e-4, abs=1e-5)
-    exact.sum().backward()
-    value.sum().backward()
-    assert (student.grad - single.grad).norm() < 1e-4 * student.grad.norm()
+def test_the_published_gradient_with_a_rest_bucket():
+    """q_i - p_i for kept classes, q_j (1 - r / q_r) for all others."""
+    student, logits, labels = logits_of(5)
+    teacher = teacher_of("bucket", logits, kept=2)
+    q, p = student.softmax(-1), teacher.log_probs.exp()
+    rest, q_kept = 1 - p.sum(-1, keepdim=True), q.gather(1, teacher.ids)
+    expected = q * (1 - rest / (1 - q_kept.sum(-1, keepdim=True)))
+    expected.scatter_(1, teacher.ids, q_kept - p)
+    actual = closed(ForwardKL(), student, teacher, labels, torch.ones(5, dtype=torch.float64))[1]
+    torch.testing.assert_close(expected, actual, **EXACT)
 
 
-@EVERY
-def test_no_tokens_give_no_values(name):
-    """An empty chunk is allowed."""
-    assert (0,) == loss_of(name)(torch.zeros(0, 4), torch.zeros(0, 4), None).shape
+def test_a_student_certain_of_kept_classes_still_learns_the_rest():
+    """q_rest is e^-900, 0 in any precision; the tail's gradient is the softmax over the tail times -r."""
+    student = torch.tensor([[900.0, 0.0, math.log(3)]], dtype=torch.float64)
+    teacher = teacher_of("bucket", torch.tensor([[math.log(6), 0.0, 0.0]], dtype=torch.float64), kept=1)
+    _, gradient = closed(ForwardKL(), student, teacher, torch.tensor([0]), torch.ones(1).double())
+    assert [1 / 4, -1 / 16, -3 / 16] == pytest.approx(gradient[0].tolist())
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "nll"])
-def test_the_scale_keeps_the_gradient_of_one_size_at_high_temperatures(name):
-    """Scaled by its power of the temperature, the gradient at 200 is within 10 % of that at 100: neither
-    temperature**2 for total variation nor no factor at all for the others would do that."""
-    sizes = []
-    for temperature in (100.0, 200.0):
-        student, teacher = random_pair()
-        loss_of(name, temperature=temperature)(student, teacher, None).sum().backward()
-        sizes.append(student.grad.norm().item())
-    assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
+@pytest.mark.parametrize("cls", [ForwardKL, CrossEntropy])
+def test_classes_that_are_excluded_have_no_gradient_of_nan(cls):
+    """-inf on the teacher's side, and on both."""
+    student, logits, _ = logits_of(6)
+    logits[:, 3] = -math.inf
+    logits[:, 5] = student[:, 5] = -math.inf
+    arguments = (cls(), student, logits, torch.tensor([0, 1, 2, 4, 6]), torch.ones(5, dtype=torch.float64))
+    expected, actual = by_autograd(*arguments), closed(*arguments)
+    assert actual[0].isfinite().all()
+    assert_same(expected, actual)
+
+
+def test_a_bucket_without_a_tail_is_the_dense_divergence():
+    """K = V: nothing is outside, and the rest has neither mass nor gradient."""
+    student, logits, labels = logits_of(7, classes=2)
+    row = torch.ones(5, dtype=torch.float64)
+    teacher = teacher_of("bucket", logits, kept=2)
+    dense = closed(ForwardKL(), student, logits, labels, row)
+    assert_same(dense, closed(ForwardKL(), student, teacher, labels, row), rtol=1e-6, atol=1e-7)
+
+
+def test_finite_differences_agree():
+    """gradcheck: finite differences of `__call__` in float64."""
+    student, logits, labels = logits_of(8, tokens=2, classes=4)
+    for loss in (cls() for cls in LOSSES.values()):
+        assert torch.autograd.gradcheck(partial(_call, loss, logits, labels), (student.requires_grad_(),))
+
+
+def _call(loss, logits, labels, student):
+    return loss(student, logits, labels)
+
+
+# --- which derivative belongs to which value ----------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Halved(ForwardKL):
+    """Somebody's change of the value alone; the inherited closed form is not its derivative."""
+
+    def between(self, log_q: Any, log_p: Any) -> Any:
+        """Half of the forward KL."""
+        return ForwardKL.between(self, log_q, log_p) / 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Squared(ForwardKL):
+    """Somebody's change of the whole call."""
+
+    def __call__(self, student_logits: Any, teacher: Any, labels: Any) -> Any:
+        """The square."""
+        return ForwardKL.__call__(self, student_logits, teacher, labels) ** 2
+
+
+def test_a_derivative_that_was_inherited_is_not_used_for_another_value():
+    """`between` overridden: autograd of it. `__call__` overridden: the closed form is not offered."""
+    arguments = (*logits_of(9), torch.ones(5, dtype=torch.float64))
+    assert_same(by_autograd(Halved(), *arguments), closed(Halved(), *arguments))
+    assert keeps_up(Halved, "value_and_slope", "__call__")
+    assert not keeps_up(Halved, "between_and_slope", "between")
+    assert not keeps_up(Squared, "value_and_slope", "__call__")
+    assert not keeps_up(OnlyBetween, "between_and_slope", "between")
+    assert not keeps_up(int, "value_and_slope", "no_such_method")
+
+
+# --- temperature and scale ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("expected", "parameters"),
+    [
+        ((2.0, 4.0), {"temperature": 2.0}),
+        ((2.0, 1.0), {"temperature": 2.0, "scale_by_temperature": False}),
+        ((1.0, 1.0), {"temperature": 2.0, "temperature_on": "teacher"}),
+        ((1.0, 1.0), {}),
+    ],
+)
+def test_temperature_and_scale(expected, parameters):
+    """Of the student; the factor temperature^2 goes with a temperature on both sides only."""
+    loss = ForwardKL(**parameters)
+    assert expected == (loss.student_temperature, loss.scale)
+    assert (parameters.get("temperature", 1.0),) == loss.temperatures
+
+
+def test_log_probabilities_are_made_once():
+    """Two losses at one temperature share one softmax."""
+    log_q = LogProbs(logits_of(0)[0])
+    assert log_q.at(2.0) is log_q.at(2.0)
+    assert log_q.at(1.0) is not log_q.at(2.0)

@@ -134,7 +134,7 @@ def test_types_are_written_as_a_reader_writes_them(site: Path) -> None:
     )
     assert "WeightPolicy.__init__" not in text  # a protocol is not called
     mixture = re.sub(r"<[^>]+>", "", (site / "ddkmix.html").read_text())
-    assert "**options: Unpack[ddkmix.loader.MixtureOptions]" in mixture
+    assert "**options: Unpack[ddkmix.sources.MixtureOptions]" in mixture
     config = re.sub(r"<[^>]+>", "", page_of(site, "ddkmix.config").read_text())
     assert "steps: int &gt;= 1\n" in config.replace("    ", "")
 
