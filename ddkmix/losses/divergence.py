@@ -6,7 +6,7 @@ there, the K kept ones and the rest where its signal is truncated. A file of one
 This module and the files of single losses import no torch: `lint` reads them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -72,11 +72,12 @@ class Divergence:
             values, slope = self.between_and_slope(log_q, log_p)
         else:
             values, slope = closed_form.by_autograd(self.between, log_q, log_p)
-        common = {"temperature": self.student_temperature, "factor": self.scale}
+        whole = closed_form.Slope(temperature=self.student_temperature, factor=self.scale)
         if isinstance(teacher, closed_form.LogProbs):
-            return self.scale * values, closed_form.Slope(dense=slope, **common)
-        parts = {"entries": slope[:, :-1], "rest": slope[:, -1:], "log_q_rest": log_q[:, -1:]}
-        return self.scale * values, closed_form.Slope(ids=teacher.ids, **parts, **common)
+            return self.scale * values, replace(whole, dense=slope)
+        entries, rest, log_q_rest = slope[:, :-1], slope[:, -1:], log_q[:, -1:]
+        slope = replace(whole, ids=teacher.ids, entries=entries, rest=rest, log_q_rest=log_q_rest)
+        return self.scale * values, slope
 
     def __call__(self, student_logits: Any, teacher: Any, labels: Any) -> Any:
         """The divergence of each token.
