@@ -6,7 +6,7 @@ there, the K kept ones and the rest where its signal is truncated. A file of one
 This module and the files of single losses import no torch: `lint` reads them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -103,13 +103,13 @@ class Divergence:
         else:
             values, slope = closed_form.by_autograd(self.between, log_q, log_p)
         values = tempered.factor * values
-        common = {"temperature": tempered.student, "factor": tempered.factor}
+        whole = closed_form.Slope(temperature=tempered.student, factor=tempered.factor)
         if isinstance(teacher, closed_form.LogProbs):
             if self.adapt == "norm_kd":
                 slope = slope + temperature.through_deviation(student.logits, log_q, slope, self.temperature)
-            return values, closed_form.Slope(dense=slope, **common)
-        parts = {"entries": slope[:, :-1], "rest": slope[:, -1:], "log_q_rest": log_q[:, -1:]}
-        return values, closed_form.Slope(ids=teacher.ids, **parts, **common)
+            return values, replace(whole, dense=slope)
+        entries, rest, log_q_rest = slope[:, :-1], slope[:, -1:], log_q[:, -1:]
+        return values, replace(whole, ids=teacher.ids, entries=entries, rest=rest, log_q_rest=log_q_rest)
 
     def __call__(self, student_logits: Any, teacher: Any, labels: Any) -> Any:
         """The divergence of each token.

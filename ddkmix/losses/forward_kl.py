@@ -68,8 +68,9 @@ class ForwardKL(Divergence):
         weights = classes.entry_weights(teacher, self.temperature)
         log_p = weights.log() if teacher.draws is None else classes.entry_log_probs(teacher, self.temperature)
         log_q = student.at(tempered.student).gather(1, teacher.ids)
-        common = {"temperature": tempered.student, "factor": tempered.factor}
-        slope = closed_form.Slope(ids=teacher.ids, entries=-weights, **common)
+        slope = closed_form.Slope(
+            temperature=tempered.student, factor=tempered.factor, ids=teacher.ids, entries=-weights
+        )
         return tempered.factor * _weighted(weights, self._nats(log_q, log_p)), slope
 
     def _nats(self, log_q: Any, log_p: Any) -> Any:

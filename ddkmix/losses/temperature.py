@@ -20,13 +20,11 @@ What is published and what is not:
 import math
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ddkmix.batch import TruncatedSignal
 from ddkmix.losses.closed_form import LogProbs
-
 
 _LEAST_DEVIATION = 1e-6
 
@@ -53,9 +51,7 @@ def norm_kd(
         power: of the teacher's temperature, which multiplies the loss; 0 for none.
     """
     teacher = temperature * deviation(teacher_logits)
-    return Tempering(
-        student=temperature * deviation(student_logits), teacher=teacher, factor=teacher**power
-    )
+    return Tempering(student=temperature * deviation(student_logits), teacher=teacher, factor=teacher**power)
 
 
 def through_deviation(

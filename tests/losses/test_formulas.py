@@ -109,7 +109,9 @@ def test_it_is_the_published_formula(name, logits, temperature):
         assert factor * expected == pytest.approx(value, rel=1e-7, abs=1e-10)
 
 
-@pytest.mark.parametrize(("right", "wrong"), [("skew_kl", "skew_reverse_kl"), ("jsd 0.1", "jsd"), ("mse", "nll")])
+@pytest.mark.parametrize(
+    ("right", "wrong"), [("skew_kl", "skew_reverse_kl"), ("jsd 0.1", "jsd"), ("mse", "nll")]
+)
 def test_the_formulas_tell_the_losses_apart(right, wrong):
     """A swapped direction, another beta or the wrong loss would be noticed."""
     student, teacher = (0.0, 1.0, 3.0), (2.0, 0.5, 0.0)
