@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ddkmix.batch import RoutedSignal, Signal
 from ddkmix.boundaries import check_isolation, document_positions
 from ddkmix.losses import LossTerm
-from ddkmix.losses.chunked import chunked_objective
+from ddkmix.losses.objective import distillation_objective
 from ddkmix.models import head_of, hidden_states
 from ddkmix.sources import IGNORE
 
@@ -27,7 +27,8 @@ class DistillationModel(nn.Module):
         student: nn.Module,
         *,
         vocab_size: int | None = None,
-        chunk_tokens: int = 256,
+        chunk_tokens: int | None = None,
+        memory_mb: float = 512.0,
         separator_id: int | None = None,
     ) -> None:
         """Documents of a row see each other unless there is a `separator_id` that keeps them apart."""
@@ -36,7 +37,7 @@ class DistillationModel(nn.Module):
         if separator_id is not None:
             check_isolation(student, separator_id)
         self.student = student
-        self._vocab_size, self._chunk_tokens = vocab_size, chunk_tokens
+        self._vocab_size, self._chunk_tokens, self._memory_mb = vocab_size, chunk_tokens, memory_mb
         self._separator_id = separator_id
 
     def forward(
@@ -70,8 +71,15 @@ class DistillationModel(nn.Module):
         states, head = hidden[:, :-1][where], head_of(self.student, self._vocab_size, check=False)
 
         def objective(states: Tensor, targets: Tensor, weight: Tensor, said: Signal | None) -> Any:
-            return chunked_objective(
-                states, head, targets, weight, terms, signal=said, chunk_tokens=self._chunk_tokens
+            return distillation_objective(
+                states,
+                head,
+                targets,
+                weight,
+                terms,
+                signal=said,
+                chunk_tokens=self._chunk_tokens,
+                memory_mb=self._memory_mb,
             )
 
         if not isinstance(signal, RoutedSignal):

@@ -8,6 +8,7 @@ imported, so that `lint` can check a config at once. To add a loss: write the fi
 Axis letters: n tokens that are predicted, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -16,10 +17,32 @@ from ddkmix.config import Named
 from ddkmix.errors import ConfigError
 from ddkmix.losses.cross_entropy import CrossEntropy
 from ddkmix.losses.forward_kl import ForwardKL
+from ddkmix.losses.jsd import JSD
+from ddkmix.losses.mse import MSE
+from ddkmix.losses.nll import NLL
+from ddkmix.losses.ranking import Ranking
 from ddkmix.losses.reverse_kl import ReverseKL
+from ddkmix.losses.sinkhorn import Sinkhorn
+from ddkmix.losses.skew_kl import SkewKL
+from ddkmix.losses.skew_reverse_kl import SkewReverseKL
+from ddkmix.losses.total_variation import TotalVariation
 from ddkmix.plugins import build
 
-__all__ = ["LOSSES", "CrossEntropy", "ForwardKL", "ReverseKL", "TokenLoss"]
+__all__ = [
+    "JSD",
+    "LOSSES",
+    "MSE",
+    "NLL",
+    "CrossEntropy",
+    "ForwardKL",
+    "Ranking",
+    "ReverseKL",
+    "Sinkhorn",
+    "SkewKL",
+    "SkewReverseKL",
+    "TokenLoss",
+    "TotalVariation",
+]
 
 
 @runtime_checkable
@@ -53,7 +76,15 @@ class TokenLoss(Protocol):
 LOSSES: dict[str, type] = {
     "cross_entropy": CrossEntropy,
     "forward_kl": ForwardKL,
+    "jsd": JSD,
+    "mse": MSE,
+    "nll": NLL,
+    "ranking": Ranking,
     "reverse_kl": ReverseKL,
+    "sinkhorn": Sinkhorn,
+    "skew_kl": SkewKL,
+    "skew_reverse_kl": SkewReverseKL,
+    "total_variation": TotalVariation,
 }
 """The losses that a config can name."""
 
@@ -86,3 +117,48 @@ def build_terms(specs: Sequence[Named]) -> tuple[LossTerm, ...]:
     if len(set(names)) < len(names):
         raise ConfigError(f"loss: {names} names a loss twice; metrics need each name once.")
     return tuple(terms)
+
+
+def check_terms(terms: Sequence[LossTerm], kind: str) -> None:
+    """Refuse losses that the teacher's signal cannot serve, before anything expensive starts.
+
+    Args:
+        terms: the objective.
+        kind: of the signal: `dense`, or of a truncated one `bucket`, `renormalize`, `drop` or `drawn`.
+
+    Raises:
+        ConfigError: a term is not defined for such a signal.
+    """
+    for i, term in enumerate(terms):
+        accepts = getattr(term.loss, "accepts", frozenset({"dense"}))
+        kinds = getattr(term.loss, "kinds", accepts)
+        if not term.loss.needs_teacher or kind in kinds:
+            continue
+        adapt = getattr(term.loss, "adapt", "fixed")
+        by_adapt = kind in accepts and adapt != "fixed"
+        what = f" with adapt: {adapt}" if by_adapt else ""
+        raise ConfigError(
+            f"loss.{i} ({term.name}){what} is not defined for a teacher signal of the kind {kind!r}, only for "
+            f"{', '.join(sorted(kinds))}; {_way_out(kind, kinds, by_adapt=by_adapt)}"
+        )
+
+
+def _way_out(kind: str, kinds: frozenset[str], *, by_adapt: bool) -> str:
+    if by_adapt:
+        return "leave out adapt, or use the live teacher."
+    others = [name for name, cls in LOSSES.items() if kind in getattr(cls, "accepts", ())]
+    other = f"or use one of {', '.join(others)}."
+    if kind in ("renormalize", "drop") and "bucket" in kinds:
+        return f"set the signal's tail to bucket, {other}"
+    if kind == "drawn" and "bucket" in kinds:
+        return f"capture without random draws, {other}"
+    return f"use the live teacher, {other}"
+
+
+def token_multiple(terms: Sequence[LossTerm]) -> int:
+    """What the number of tokens in a call of these terms has to be a multiple of, but for the last tokens.
+
+    1 unless a loss compares tokens with each other, as `Sinkhorn` does within groups; it names its own
+    multiple in `token_multiple`.
+    """
+    return math.lcm(*(getattr(term.loss, "token_multiple", 1) for term in terms))
