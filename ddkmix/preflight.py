@@ -13,7 +13,7 @@ from ddkmix.domains import Domain, load_domains
 from ddkmix.errors import ConfigError, ModelError
 from ddkmix.fingerprint import hash_json
 from ddkmix.hub import check_layers, common_vocab, read_model_config
-from ddkmix.losses import LossTerm, build_terms
+from ddkmix.losses import LossTerm, build_terms, check_weights
 from ddkmix.pack import read_packed
 from ddkmix.policies import WeightPolicy, build_policy, next_state
 from ddkmix.storage.location import is_remote
@@ -63,6 +63,7 @@ def check(config: RunConfig) -> Prepared:
     policy = build_policy(config.policy)
     _try_policy(policy, tuple(domain.name for domain in domains))
     terms = build_terms(config.loss)
+    check_weights(terms, config.trainer.steps, config.schedule)
     _check_batch(config)
     _check_trackers(config)
     teacher = read_model_config(config.teacher.model, config.teacher.revision)

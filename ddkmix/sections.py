@@ -19,6 +19,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+DecayShape = Literal["cosine", "linear", "sqrt"]
 
 
 class Section(BaseModel):
@@ -143,13 +144,30 @@ class Schedule(Section):
     """The learning rate as a multiple of its peak."""
 
     name: Literal["cosine", "wsd", "constant"] = "cosine"
-    """`wsd`: warm-up, stable, then a cosine decay over the last `decay_steps`."""
+    """`cosine`: warm-up, then a cosine over the rest. `wsd`: warm-up, stable, then a decay."""
     warmup_steps: Count = 0
     """Linear warm-up from 0."""
+    warmup_share: Share = 0.0
+    """The same as a share of the run's steps (pre-training distillation: 0.1); not both."""
     decay_steps: Count = 0
     """Length of the decay; only for `wsd`."""
+    decay_share: Share = 0.0
+    """The same as a share of the run's steps; not both."""
+    decay: DecayShape = "cosine"
+    """How `wsd` falls: along a cosine, a line, or 1 - sqrt(x) (arXiv 2405.18392)."""
     final_ratio: Share = 0.1
     """Learning rate of the last step as a share of the peak."""
+
+    @model_validator(mode="after")
+    def _one_length_each(self) -> "Schedule":
+        for part in ("warmup", "decay"):
+            steps, share = getattr(self, f"{part}_steps"), getattr(self, f"{part}_share")
+            if steps and share:
+                raise ValueError(
+                    f"{part}_steps = {steps} and {part}_share = {share} both say how long the {part} is; "
+                    "remove one"
+                )
+        return self
 
 
 class Loader(Section):

@@ -32,6 +32,7 @@ LAYERS = {
     "plugins": 1,
     "sections": 1,
     "config": 2,
+    "schedule": 3,
     # documents -> rows
     "storage": 3,
     "card": 3,
@@ -75,7 +76,6 @@ LAYERS = {
     "models": 15,
     "boundaries": 16,
     "metrics": 16,
-    "schedule": 16,
     "teacher": 17,
     "distillation": 17,
     "evaluator": 18,

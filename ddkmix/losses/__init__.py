@@ -3,14 +3,14 @@
 A loss is a frozen dataclass whose fields are its parameters in a config; called with the student's logits of
 a chunk of tokens and the teacher's signal, it gives the loss of each token. Those files load no torch when
 imported, so that `lint` can check a config at once. To add a loss: write the file, and add a line to
-`LOSSES`. Outside the package: `name: package.module:Class`.
+`LOSSES`. Outside the package: `name: package.module:Class`. Their weights are numbers, or move: `weights`.
 
 Axis letters: n tokens that are predicted, V vocabulary.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from ddkmix.config import Named
@@ -26,7 +26,9 @@ from ddkmix.losses.sinkhorn import Sinkhorn
 from ddkmix.losses.skew_kl import SkewKL
 from ddkmix.losses.skew_reverse_kl import SkewReverseKL
 from ddkmix.losses.total_variation import TotalVariation
+from ddkmix.losses.weights import Rest, WeightSchedule, build_weight, weights_at
 from ddkmix.plugins import build
+from ddkmix.sections import Schedule
 
 __all__ = [
     "JSD",
@@ -88,6 +90,8 @@ LOSSES: dict[str, type] = {
 }
 """The losses that a config can name."""
 
+_STEPS_TRIED = 10_000
+
 
 @dataclass(frozen=True, slots=True)
 class LossTerm:
@@ -95,7 +99,10 @@ class LossTerm:
 
     name: str
     weight: float
+    """In force. Not a number where there is a `schedule`, until `terms_at` says which step it is."""
     loss: TokenLoss
+    schedule: WeightSchedule | Rest | None = None
+    """How the weight moves; None where it is constant."""
 
 
 def build_terms(specs: Sequence[Named]) -> tuple[LossTerm, ...]:
@@ -107,15 +114,20 @@ def build_terms(specs: Sequence[Named]) -> tuple[LossTerm, ...]:
     terms = []
     for i, spec in enumerate(specs):
         parameters = spec.model_dump()
-        weight = parameters.pop("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e6:
-            raise ConfigError(f"loss.{i}.weight = {weight!r}; a loss weight is a finite number >= 0.")
-        terms.append(LossTerm(spec.name, float(weight), build(parameters, LOSSES, where=f"loss.{i}")))
-    if not any(term.weight > 0 for term in terms):
+        weight = build_weight(parameters.pop("weight", 1.0), where=f"loss.{i}.weight")
+        loss = build(parameters, LOSSES, where=f"loss.{i}")
+        if isinstance(weight, float):
+            terms.append(LossTerm(spec.name, weight, loss))
+        else:
+            terms.append(LossTerm(spec.name, math.nan, loss, weight))
+    if all(term.weight == 0 for term in terms):
         raise ConfigError("loss: every weight is 0 or there is no term; nothing would be learnt.")
     names = [term.name for term in terms]
     if len(set(names)) < len(names):
         raise ConfigError(f"loss: {names} names a loss twice; metrics need each name once.")
+    resting = [term.name for term in terms if isinstance(term.schedule, Rest)]
+    if len(resting) > 1:
+        raise ConfigError(f"loss: {resting} both have the weight `rest`; only one term can have it.")
     return tuple(terms)
 
 
@@ -162,3 +174,42 @@ def token_multiple(terms: Sequence[LossTerm]) -> int:
     multiple in `token_multiple`.
     """
     return math.lcm(*(getattr(term.loss, "token_multiple", 1) for term in terms))
+
+
+def terms_at(terms: Sequence[LossTerm], step: int, steps: int, schedule: Schedule) -> tuple[LossTerm, ...]:
+    """The terms with the weights in force at a step.
+
+    Args:
+        terms: what `build_terms` gave.
+        step: optimizer step, counted from 0.
+        steps: optimizer steps of the run.
+        schedule: that of the run's learning rate.
+
+    Raises:
+        ConfigError: a schedule gives no weight at this step.
+    """
+    weights = weights_at(_rules(terms), step, steps, schedule)
+    return tuple(replace(term, weight=weight) for term, weight in zip(terms, weights, strict=True))
+
+
+def check_weights(terms: Sequence[LossTerm], steps: int, schedule: Schedule) -> None:
+    """Try the steps of a run (of a long one 10,000, evenly spread), so that none of them ends it.
+
+    Args:
+        terms: what `build_terms` gave.
+        steps: optimizer steps of the run.
+        schedule: that of the run's learning rate.
+
+    Raises:
+        ConfigError: a step at which a schedule gives no weight, or no step at which any weight is above 0.
+    """
+    if all(term.schedule is None for term in terms):
+        return
+    tried = [*range(0, steps, 1 + steps // _STEPS_TRIED), steps - 1]
+    weights = [weights_at(_rules(terms), step, steps, schedule) for step in tried]
+    if not any(any(of_step) for of_step in weights):
+        raise ConfigError(f"loss: every weight is 0 at all {steps} steps; nothing would be learnt.")
+
+
+def _rules(terms: Sequence[LossTerm]) -> list[float | WeightSchedule | Rest]:
+    return [term.weight if term.schedule is None else term.schedule for term in terms]

@@ -109,7 +109,7 @@ def test_a_loss_from_outside_the_package_is_named_by_module_and_class():
         ),
         (
             [{"name": "cross_entropy", "weight": -1}],
-            "loss.0.weight = -1; a loss weight is a finite number >= 0.",
+            "loss.0.weight = -1; a loss weight is a finite number >= 0, `rest`,",
         ),
         ([{"name": "cross_entropy", "weight": float("nan")}], "loss.0.weight = nan; a loss weight is a"),
         ([{"name": "cross_entropy", "weight": float("inf")}], "loss.0.weight = inf; a loss weight is a"),
