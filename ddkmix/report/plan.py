@@ -172,7 +172,7 @@ def _memory(config: RunConfig) -> str:
     logits = 1e6 * config.trainer.logits_memory_mb
     if config.trainer.logits_chunk_tokens is not None:  # one buffer of the student's, one of the teacher's
         computed = 2 if config.trainer.mixed_precision == "bf16" else 4
-        logits = (computed + width) * config.trainer.logits_chunk_tokens * vocab
+        logits = (computed + _WIDTH[config.teacher.dtype]) * config.trainer.logits_chunk_tokens * vocab
     if student is None:
         return (
             f"memory: teacher {teacher / 1e9:.2f} GB, logits {logits / 1e9:.2f} GB; the student's size is "

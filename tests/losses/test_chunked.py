@@ -354,7 +354,7 @@ def test_an_ensemble_is_the_geometric_mean_of_its_members(temperature):
     truth = [leaf.grad.clone() for leaf in (case["hidden"], case["head"].weight)]
     case["hidden"].grad = case["head"].weight.grad = case["head"].bias.grad = None
     case["signal"] = EnsembleSignal(members=members, weights=weights)
-    objective, values = chunked_objective(**case, chunk_tokens=3)
+    objective, values = distillation_objective(**case, chunk_tokens=3)
     objective.backward()
     torch.testing.assert_close(expected.detach().float(), values[0], rtol=1e-5, atol=1e-6)
     for gradient, leaf in zip(truth, (case["hidden"], case["head"].weight), strict=True):
