@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from ddkmix.errors import ConfigError
 from ddkmix.overrides import apply_override, read_yaml
 from ddkmix.sections import (
+    Capture,
     Evaluation,
     Loader,
     Mixture,
@@ -32,6 +33,7 @@ from ddkmix.sections import (
 from ddkmix.validation import explain
 
 __all__ = [
+    "Capture",
     "Evaluation",
     "Loader",
     "Mixture",
@@ -99,6 +101,8 @@ class RunConfig(Section):
     """How rows are read."""
     storage: Storage = Storage()
     """How remote shards are read."""
+    capture: Capture = Capture()
+    """What the logits store keeps of what the teacher says."""
     evaluation: Evaluation = Evaluation()
     """How much held-out text is measured."""
     tracking: Tracking = Tracking()

@@ -76,6 +76,8 @@ LAYERS = {
     "metrics": 16,
     "schedule": 16,
     "teacher": 17,
+    "logits_store": 15,
+    "truncation": 16,
     "distillation": 17,
     "evaluator": 18,
     # for loops that are not ours
