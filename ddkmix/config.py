@@ -15,6 +15,7 @@ from ddkmix.errors import ConfigError
 from ddkmix.overrides import apply_override, read_yaml
 from ddkmix.sections import (
     NAME,
+    Capture,
     Evaluation,
     FurtherTeacher,
     Loader,
@@ -34,6 +35,7 @@ from ddkmix.sections import (
 from ddkmix.validation import explain
 
 __all__ = [
+    "Capture",
     "Evaluation",
     "FurtherTeacher",
     "Loader",
@@ -106,6 +108,8 @@ class RunConfig(Section):
     """How rows are read."""
     storage: Storage = Storage()
     """How remote shards are read."""
+    capture: Capture = Capture()
+    """What the logits store keeps of what the teacher says."""
     evaluation: Evaluation = Evaluation()
     """How much held-out text is measured."""
     tracking: Tracking = Tracking()

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from ddkmix.config import RunConfig, Storage
 from ddkmix.domains import Domain
-from ddkmix.errors import DataError
+from ddkmix.errors import ConfigError, DataError
+from ddkmix.hub import model_fingerprint, read_model_config
 from ddkmix.index import DomainRows
 from ddkmix.loader import DomainMixture
+from ddkmix.logits_store.card import StoreCard, kept_of
 from ddkmix.pack import (
     PackedDomain,
     Part,
@@ -96,6 +98,41 @@ def storage_of(config: RunConfig) -> Storage:
     """The storage settings with the folder of spooled shards filled in."""
     folder = config.storage.folder or config.cache_dir / "shards"
     return config.storage.model_copy(update={"folder": folder})
+
+
+def stores_folder(config: RunConfig) -> Path:
+    """Where logits stores lie."""
+    return config.capture.folder or config.cache_dir / "logits"
+
+
+def store_card(prepared: Prepared) -> StoreCard:
+    """What a logits store of a checked config is made of.
+
+    Raises:
+        ConfigError: more classes are to be kept than there are.
+        ModelError: the teacher's files cannot be had.
+    """
+    config, teacher = prepared.config, prepared.config.teacher
+    kept = kept_of(config.capture)
+    model = read_model_config(teacher.model, teacher.revision)
+    num_classes = prepared.vocab_size or model.get("vocab_size")
+    if num_classes is not None and kept.k is not None and kept.k > num_classes:
+        raise ConfigError(
+            f"capture.k = {kept.k}; the teacher has {num_classes} classes, keep at most that many."
+        )
+    named = {t for term in prepared.terms for t in getattr(term.loss, "temperatures", ())}
+    temperatures = {float(t) for t in (*named, *config.capture.temperatures)} - {1.0}
+    return StoreCard(
+        teacher=teacher.model,
+        revision=teacher.revision,
+        model=model_fingerprint(teacher.model, teacher.revision, config.cache_dir),
+        dtype=teacher.dtype,
+        tokenizer=prepared.tokenizer.fingerprint,
+        vocab_size=prepared.vocab_size,
+        separator_id=prepared.separator_id,
+        kept=kept,
+        temperatures=() if kept.is_hidden else tuple(sorted(temperatures)),
+    )
 
 
 def publish_rows(packed: Mapping[str, PackedDomain], out: str) -> list[Path]:

@@ -200,6 +200,32 @@ class Storage(Section):
     """Allow `pipe:COMMAND` locations in cards, which run COMMAND in a shell."""
 
 
+class Capture(Section):
+    """What the logits store keeps of what the teacher says (`ddkmix capture`)."""
+
+    keep: Literal["top_p_k", "top_k", "drawn", "top_k_drawn", "hidden"] = "top_p_k"
+    """`top_p_k`: the smallest set of classes with mass `p`, at most `k` (arXiv 2410.16215).
+    `top_k`: the `k` likeliest. `drawn`: `draws` draws with replacement (arXiv 2503.16870). `top_k_drawn`: the
+    `k` likeliest, and draws from the rest. `hidden`: the last hidden states, which give all classes."""
+    p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Mass that `top_p_k` keeps."""
+    k: Annotated[int, Field(ge=1, le=65_535)] = 50
+    """Most classes kept for a token, beside drawn ones."""
+    draws: Annotated[int, Field(ge=1, le=255)] = 12
+    """Draws for a token, of `drawn` and `top_k_drawn`."""
+    log_prob_bytes: Literal[1, 2] = 1
+    """Bytes of a log-probability: 1, a grid, or 2, a half-precision number."""
+    hidden_bytes: Literal[1, 2, 4] = 2
+    """Bytes of a number in a hidden state: 1, an integer with a scale for each token; 2, half precision, or
+    the teacher's own bfloat16; 4, single precision."""
+    temperatures: tuple[Annotated[float, Field(gt=0, le=1000)], ...] = ()
+    """Temperatures that tempered probabilities are exact at, beside those that `loss` names."""
+    folder: Path | None = None
+    """Stores lie in here, a folder each; `<cache_dir>/logits` when unset."""
+    batch_rows: PositiveInt = 8
+    """Rows in a forward pass of the teacher."""
+
+
 class Evaluation(Section):
     """Held-out losses per domain."""
 

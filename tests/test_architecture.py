@@ -77,6 +77,8 @@ LAYERS = {
     "boundaries": 16,
     "metrics": 16,
     "teacher": 17,
+    "logits_store": 15,
+    "truncation": 16,
     "distillation": 17,
     "evaluator": 18,
     # for loops that are not ours
