@@ -151,6 +151,23 @@ class TruncatedSignal:
             drawn_mass=None if self.drawn_mass is None else self.drawn_mass[index],
         )
 
+    def to(self, device: torch.device) -> "TruncatedSignal":
+        """The same on a device.
+
+        Args:
+            device: where its tensors go.
+        """
+        return replace(
+            self,
+            ids=self.ids.to(device),
+            log_probs=self.log_probs.to(device),
+            entropy=self.entropy.to(device),
+            teacher_nats=self.teacher_nats.to(device),
+            log_z={t: values.to(device) for t, values in self.log_z.items()},
+            draws=None if self.draws is None else self.draws.to(device),
+            drawn_mass=None if self.drawn_mass is None else self.drawn_mass.to(device),
+        )
+
 
 Signal = DenseSignal | EnsembleSignal | TruncatedSignal
 """What a teacher says; the trainer does not know which."""

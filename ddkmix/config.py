@@ -26,6 +26,7 @@ from ddkmix.sections import (
     Schedule,
     Section,
     Seed,
+    Signal,
     Storage,
     Student,
     Teacher,
@@ -46,6 +47,7 @@ __all__ = [
     "RunConfig",
     "Schedule",
     "Section",
+    "Signal",
     "Storage",
     "Student",
     "Teacher",
@@ -108,6 +110,8 @@ class RunConfig(Section):
     """How rows are read."""
     storage: Storage = Storage()
     """How remote shards are read."""
+    signal: Signal = Signal()
+    """Where the teacher's signal comes from."""
     capture: Capture = Capture()
     """What the logits store keeps of what the teacher says."""
     evaluation: Evaluation = Evaluation()

@@ -48,6 +48,8 @@ class Run:
     teacher: SignalSource
     teacher_keys: dict[str, str]
     """Fingerprint of each domain's teacher."""
+    reads_places: bool
+    """Whether the teacher wants to know where the rows of a batch lie."""
     teacher_sums: dict[str, Any]
     evaluator: Evaluator
     window: LossWindow
@@ -97,6 +99,8 @@ def run_loop(run: Run, bar: Bar) -> DomainLosses:
         waited = time.perf_counter() - waited
         if batch is None:  # every domain that has a weight is at its max_epochs
             break
+        if run.reads_places:
+            batch["row_places"] = torch.from_numpy(run.mixture.row_places)
         _note_substitutions(run, step + 1)
         started = time.perf_counter()
         grad_norm, num_tokens = _train_step(run, batch, step)

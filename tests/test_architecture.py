@@ -77,6 +77,7 @@ LAYERS = {
     "boundaries": 16,
     "metrics": 16,
     "teacher": 17,
+    "stored_teacher": 18,
     "logits_store": 15,
     "truncation": 16,
     "distillation": 17,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddkmix.batch import DenseSignal, Signal, Tail
+from ddkmix.batch import DenseSignal, Head, Tail, TruncatedSignal
 from ddkmix.errors import DataError, RowError
 from ddkmix.index import DomainRows
 from ddkmix.logits_store.card import StoreCard, find_store, read_card
@@ -56,6 +56,15 @@ class LogitsStore:
         """
         return cls(find_store(folder, wanted), rows, tail=tail)
 
+    def head_on(self, device: torch.device) -> Head:
+        """The output weights of a store of hidden states, on a device and kept there."""
+        assert self._head is not None
+        head = self._head
+        if head.weight.device != device:
+            bias = None if head.bias is None else head.bias.to(device)
+            self._head = replace(head, weight=head.weight.to(device), bias=bias)
+        return self._head
+
     @property
     def layout(self) -> RecordFormat:
         """How its records are laid out."""
@@ -101,7 +110,7 @@ class LogitsStore:
             self._sidecars[domain, shard] = found
         return self._sidecars[domain, shard]
 
-    def read(self, places: Sequence[Place]) -> Signal:
+    def read(self, places: Sequence[Place]) -> DenseSignal | TruncatedSignal:
         """What the teacher says about some rows of one length T.
 
         Args:
