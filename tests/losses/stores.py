@@ -40,7 +40,8 @@ def top(teacher_logits, k, tail="bucket", *, unused=0):
 
 
 def drawn(teacher_logits, num_draws, generator, *, exact=0):
-    """`num_draws` draws with replacement outside the `exact` likeliest classes, which stand for themselves."""
+    """`num_draws` draws with replacement outside the `exact` likeliest classes, which stand for
+    themselves."""
     log_p = teacher_logits.log_softmax(-1)
     kept = log_p.topk(exact).indices
     outside = log_p.exp().scatter(1, kept, 0.0)
