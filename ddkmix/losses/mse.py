@@ -34,7 +34,7 @@ class MSE(Divergence):
     of: Literal["probabilities", "logits"] = "probabilities"
     """What is compared. `logits` needs all of the teacher's."""
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "bucket", "renormalize"})
-    """It is not linear in p, so random draws would not estimate it without bias."""
+    """Random draws would add their variance to its value, though not to its expected gradient."""
 
     @property
     def kinds(self) -> frozenset[str]:

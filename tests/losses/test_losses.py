@@ -142,7 +142,7 @@ def test_a_wrong_loss_section_is_one_line(entries, message):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_loss_serves_the_kinds_that_it_names(kind):
-    """A finite value and gradient for each kind of signal in `accepts`; `check_terms` lets those through."""
+    """A finite value and gradient for each kind in `accepts`; `check_terms` lets those through."""
     student, logits = random_pair(tokens=5, classes=9)
     for name, cls in LOSSES.items():
         loss = cls()
@@ -171,28 +171,32 @@ def test_every_loss_serves_the_kinds_that_it_names(kind):
         (
             {"name": "reverse_kl"},
             "renormalize",
-            "loss.1 (reverse_kl) is not defined for a teacher signal of the kind 'renormalize', only for bucket, "
-            "dense; set the signal's tail to bucket, or use one of forward_kl, jsd, mse, nll, skew_kl, "
+            "loss.1 (reverse_kl) is not defined for a teacher signal of the kind 'renormalize', only for "
+            "bucket, dense; set the signal's tail to bucket, or use one of forward_kl, jsd, mse, nll, skew_kl, "
             "skew_reverse_kl, total_variation.",
         ),
         (
             {"name": "ranking"},
             "bucket",
-            "loss.1 (ranking) is not defined for a teacher signal of the kind 'bucket', only for dense; use the "
-            "live teacher, or use one of forward_kl, jsd,",
+            "loss.1 (ranking) is not defined for a teacher signal of the kind 'bucket', only for dense; use "
+            "the live teacher, or use one of forward_kl, jsd,",
         ),
         (
             {"name": "forward_kl", "adapt": "norm_kd"},
             "bucket",
-            "loss.1 (forward_kl) with adapt: norm_kd is not defined for a teacher signal of the kind 'bucket', "
-            "only for dense; leave out adapt, or use the live teacher.",
+            "loss.1 (forward_kl) with adapt: norm_kd is not defined for a teacher signal of the kind "
+            "'bucket', only for dense; leave out adapt, or use the live teacher.",
         ),
         ({"name": "mse", "of": "logits"}, "bucket", "loss.1 (mse) is not defined for a teacher signal of"),
-        ({"name": "tests.losses.test_losses:Outsider"}, "drop", "loss.1 (tests.losses.test_losses:Outsider) is"),
+        (
+            {"name": "tests.losses.test_losses:Outsider"},
+            "drop",
+            "loss.1 (tests.losses.test_losses:Outsider) is",
+        ),
     ],
 )
 def test_a_loss_that_a_signal_cannot_serve_is_one_line(entry, kind, message):
-    """Which term, what it is given, what it takes and what to do; a loss without a teacher is never refused."""
+    """Which term, what it is given, what it takes and what to do; cross-entropy is never refused."""
     terms = build_terms(specs({"name": "cross_entropy"}, entry))
     with pytest.raises(ConfigError) as error:
         check_terms(terms, kind)

@@ -47,7 +47,7 @@ def literal(student, teacher, k, strength):
 
     values = []
     for z, y in zip(student.tolist(), teacher.tolist(), strict=True):
-        first = [set(sorted(range(len(z)), key=lambda v: -side[v])[:k]) for side in (y, z)]  # noqa: B023
+        first = [set(sorted(range(len(z)), key=lambda v: -side[v])[:k]) for side in (y, z)]
         union = sorted(first[0] | first[1])
         m = len(union)
         pairs = zip(rank([y[v] for v in union]), rank([z[v] for v in union]), strict=True)
@@ -96,7 +96,9 @@ def test_hard_ranks_give_spearmans_coefficient():
     """With gaps above `strength` it is 1 - rho of scipy."""
     student, teacher = random_pair(tokens=5, classes=8)
     values = Ranking(top_k=8, strength=1e-3)(student, teacher, None)
-    expected = [1 - spearmanr(z, y).statistic for z, y in zip(student.tolist(), teacher.tolist(), strict=True)]
+    expected = [
+        1 - spearmanr(z, y).statistic for z, y in zip(student.tolist(), teacher.tolist(), strict=True)
+    ]
     assert expected == pytest.approx(values.tolist(), abs=1e-9)
 
 

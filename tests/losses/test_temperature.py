@@ -101,7 +101,9 @@ def test_adakd_is_the_loss_at_the_temperature_of_each_token(form):
         values = loss(student, teacher, None)
         tempered = loss.tempering(LogProbs(student), LogProbs(teacher))
         for i, tau in enumerate(tempered.teacher.tolist()):
-            fixed = ForwardKL(temperature=tau, temperature_on=on)(student[i : i + 1], teacher[i : i + 1], None)
+            fixed = ForwardKL(temperature=tau, temperature_on=on)(
+                student[i : i + 1], teacher[i : i + 1], None
+            )
             assert fixed.item() == pytest.approx(values[i].item())
             assert 1.0 <= tau <= 3.0
 
