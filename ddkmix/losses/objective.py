@@ -157,6 +157,6 @@ def _accuse_the_teacher(signal: Signal, tokens: Int[Tensor, " m"]) -> None:
         if nan or infinite:
             raise NumericsError(
                 f"the teacher's {name} hold {'NaN' if nan else '+inf'} at predicted token {token} of the "
-                f"batch ({len(tokens)} tokens have a loss that is not finite); only -inf, an excluded class, is "
-                "allowed. Use a wider teacher.dtype, or mend the checkpoint or the store."
+                f"batch ({len(tokens)} losses are not finite); only -inf, an excluded class, is allowed. "
+                "Use a wider teacher.dtype, or mend the checkpoint or the store."
             )
