@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddkmix.batch import DenseSignal, EnsembleSignal, Head, Signal, TruncatedSignal
 from ddkmix.errors import ConfigError, ModelError, NumericsError
-from ddkmix.losses import LossTerm
+from ddkmix.losses import LossTerm, check_terms, token_multiple
 from ddkmix.losses.chunked import ChunkedObjective
 from ddkmix.losses.classes import kind_of
 from ddkmix.losses.liger import liger_objective
@@ -56,7 +56,8 @@ def distillation_objective(
         impl: `chunked` (never holds a tokens x vocabulary tensor), `reference` (whole logits and autograd,
             the same to rounding), or `liger` (liger-kernel's chunked loss, where that computes the same; its
             values are means over the tokens).
-        chunk_tokens: tokens whose logits exist at one time; None: as many as `memory_mb` holds.
+        chunk_tokens: tokens whose logits exist at one time; None: as many as `memory_mb` holds. Raised to a
+            multiple of what a loss over groups of tokens needs (`token_multiple`).
         memory_mb: megabytes for logits where `chunk_tokens` is None; 64 tokens are the least.
 
     Raises:
@@ -76,6 +77,8 @@ def distillation_objective(
             objective, values = liger_objective(hidden, head, labels, token_weight, terms, signal)
         else:
             size = chunk_tokens or tokens_within(memory_mb, hidden, head, signal)
+            multiple = token_multiple(terms)
+            size = -(-size // multiple) * multiple
             objective, values = ChunkedObjective.apply(  # type: ignore[no-untyped-call]
                 hidden, head.weight, head.bias, head, labels, token_weight, tuple(terms), signal, size
             )
@@ -127,13 +130,8 @@ def _check(
             "the module that it wraps: wrap the DistillationModel, and the output layer not by itself."
         )
     kind = kind_of(signal) if isinstance(signal, TruncatedSignal) else "dense"
-    for term in terms:
-        accepted = getattr(term.loss, "accepts", {"dense"})
-        if term.loss.needs_teacher and signal is not None and kind not in accepted:
-            raise ConfigError(
-                f"loss {term.name} is not defined for the teacher's signal, which is {kind!r}; "
-                f"it accepts {', '.join(sorted(accepted))}."
-            )
+    if signal is not None:
+        check_terms(terms, kind)
     members = signal.members if isinstance(signal, EnsembleSignal) else (signal,)
     for member in members:
         if isinstance(member, DenseSignal) and _classes(member.head) != _classes(head):
