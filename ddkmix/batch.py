@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ddkmix.errors import ConfigError
+
 Tail = Literal["bucket", "renormalize", "drop"]
 """What becomes of the teacher's mass outside the classes that were kept; see `TruncatedSignal`."""
 
@@ -52,11 +54,24 @@ class DenseSignal:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class EnsembleSignal:
-    """What several teachers say together: log p = sum_k weight_k log p_k - log Z, at temperature 1."""
+    """What several teachers with one vocabulary say together: the geometric mean of their distributions.
+
+    logits = sum_k weights_k log softmax(logits_k). Its softmax is the distribution with the least
+    sum_k weights_k KL(p || p_k).
+    """
 
     members: tuple[DenseSignal, ...]
     weights: tuple[float, ...]
-    """Of each member; they sum to 1."""
+    """Positive, one for each member, with the sum 1."""
+
+    def __post_init__(self) -> None:
+        """Check what the loss takes for granted."""
+        same = len(self.members) == len(self.weights) > 0
+        if not same or not all(w > 0 for w in self.weights) or abs(sum(self.weights) - 1) > 1e-6:
+            raise ConfigError(
+                f"an ensemble of {len(self.members)} teachers has the weights {self.weights}; each teacher "
+                "needs one above 0, and their sum must be 1."
+            )
 
     def at(self, index: Any) -> "EnsembleSignal":
         """The same of some positions only; `index` is what `hidden[index]` takes."""

@@ -202,8 +202,10 @@ class Trainer(Section):
     """Rows in one forward and backward pass of one rank; unset means all of the rank's rows."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """`bf16`: the student computes in bfloat16 over float32 parameters."""
-    logits_chunk_tokens: PositiveInt = 256
-    """Tokens whose logits exist at one time."""
+    logits_memory_mb: Positive = 512.0
+    """Megabytes for logits of student and teacher; more than a few hundred make no difference in speed."""
+    logits_chunk_tokens: PositiveInt | None = None
+    """Tokens whose logits exist at one time, in the place of `logits_memory_mb`."""
     document_boundaries: bool = False
     """Attention and positions restart at every document of a row: a token sees its own document and the
     separator before it."""

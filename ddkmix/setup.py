@@ -187,6 +187,7 @@ def _distillation(prepared: Prepared, model: torch.nn.Module) -> DistillationMod
         model,
         vocab_size=prepared.vocab_size,
         chunk_tokens=prepared.config.trainer.logits_chunk_tokens,
+        memory_mb=prepared.config.trainer.logits_memory_mb,
         separator_id=prepared.separator_id,
     )
 

@@ -14,6 +14,9 @@ from ddkmix.models import load_teacher
 from ddkmix.preflight import Prepared
 from ddkmix.teacher import DomainTeachers, EnsembleTeacher, LiveTeacher, SignalSource, label_nats
 
+_CHUNK_TOKENS = 256
+"""Held-out tokens whose logits exist at one time, where the config leaves that open."""
+
 
 def open_teachers(prepared: Prepared, device: torch.device) -> dict[str, LiveTeacher | EnsembleTeacher]:
     """The teachers in use, by name, loaded onto a device; a model in several of them is loaded once."""
@@ -48,7 +51,7 @@ def teacher_sums(
     for name, teacher in teachers.items():
         domains = prepared.teachers.domains_of(name)
         own = replace(evaluator, held_out={domain: evaluator.held_out[domain] for domain in domains})
-        nats = _teacher_nats(teacher, prepared.config.trainer.logits_chunk_tokens)
+        nats = _teacher_nats(teacher, prepared.config.trainer.logits_chunk_tokens or _CHUNK_TOKENS)
         sums.update(own.sums(nats, teacher_cache(prepared, domains[0], evaluator.device)))
     return sums
 

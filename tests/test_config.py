@@ -315,6 +315,7 @@ OTHER_VALUES = {
     "trainer.microbatch_rows": 3,
     "trainer.mixed_precision": "bf16",
     "trainer.logits_chunk_tokens": 32,
+    "trainer.logits_memory_mb": 64.0,
     "trainer.gradient_checkpointing": True,
     "trainer.checkpoint_steps": 7,
     "trainer.keep_checkpoints": 1,
