@@ -65,6 +65,19 @@ class DenseSignal:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class EnsembleSignal:
+    """What several teachers say together: log p = sum_k weight_k log p_k - log Z, at temperature 1."""
+
+    members: tuple[DenseSignal, ...]
+    weights: tuple[float, ...]
+    """Of each member; they sum to 1."""
+
+    def at(self, index: Any) -> "EnsembleSignal":
+        """The same of some positions only; `index` is what `hidden[index]` takes."""
+        return replace(self, members=tuple(member.at(index) for member in self.members))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TruncatedSignal:
     """What a teacher says about a batch, of K classes a token: what the logits store keeps.
 
@@ -119,5 +132,15 @@ class TruncatedSignal:
         )
 
 
-Signal = DenseSignal | TruncatedSignal
+Signal = DenseSignal | EnsembleSignal | TruncatedSignal
 """What a teacher says; the trainer does not know which."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RoutedSignal:
+    """What several teachers say about a batch, each about rows of its own."""
+
+    rows: tuple[Int[Tensor, " _"], ...]
+    """Rows of the batch that each signal is about, increasing. Together: every row once."""
+    signals: tuple[Signal, ...]
+    """Their first axis is that of `rows`."""

@@ -8,7 +8,7 @@ import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 
 from ddkmix.errors import DataError, did_you_mean
-from ddkmix.sections import Positive, PositiveInt, Section
+from ddkmix.sections import NAME, Positive, PositiveInt, Section
 
 NEEDS = "a card needs name, license, and train and held_out (or rows)."
 
@@ -71,7 +71,7 @@ HeldOut = Annotated[
 class Card(Section):
     """The content of a card."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    name: Annotated[str, Field(pattern=NAME)]
     """Lower-case letters, digits, _ and -; seeds and file names derive from it."""
     description: str = ""
     text_field: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$")] = "txt"
@@ -89,6 +89,9 @@ class Card(Section):
     """Passes allowed over the train rows."""
     prior: Positive | None = None
     """Share in the `natural` mixture, relative to the others; the number of train rows when unset."""
+    teacher: str | None = None
+    """Who teaches this domain: an entry of the config's `teachers`, or `teacher`; `default_teacher` when
+    unset."""
     sources: tuple[Source, ...] = ()
 
 

@@ -26,8 +26,8 @@ from ddkmix.fingerprint import write_atomically
 _MAY_CHANGE = ("loader", "storage", "tracking", "run_dir", "cache_dir")
 """Sections that change neither the data nor the arithmetic."""
 _MAY_CHANGE_IN_TRAINER = ("checkpoint_steps", "keep_checkpoints", "microbatch_rows")
-_MAY_CHANGE_ON_REQUEST = ("domains", "mixture", "policy")
-"""Sections that change which rows come next, but neither the models nor what was learned."""
+_MAY_CHANGE_ON_REQUEST = ("domains", "mixture", "policy", "teachers", "default_teacher")
+"""Sections that change which rows come next or who comments on them, but not what was learned."""
 
 
 def find_run(config: RunConfig, *, resume: bool, allow_changes: bool = False) -> Path | None:

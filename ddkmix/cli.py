@@ -155,7 +155,8 @@ def train(
     allow_changes: Annotated[
         bool,
         typer.Option(
-            "--allow-changes", help="Resume with other domains, data, mixture, policy or batch_rows."
+            "--allow-changes",
+            help="Resume with other domains, data, teachers of domains, mixture, policy or batch_rows.",
         ),
     ] = False,
 ) -> None:

@@ -14,8 +14,10 @@ from pydantic import Field, ValidationError, model_validator
 from ddkmix.errors import ConfigError
 from ddkmix.overrides import apply_override, read_yaml
 from ddkmix.sections import (
+    NAME,
     Capture,
     Evaluation,
+    FurtherTeacher,
     Loader,
     Mixture,
     Named,
@@ -35,6 +37,7 @@ from ddkmix.validation import explain
 __all__ = [
     "Capture",
     "Evaluation",
+    "FurtherTeacher",
     "Loader",
     "Mixture",
     "Named",
@@ -72,7 +75,11 @@ class RunConfig(Section):
     domains: Annotated[tuple[str, ...], Field(min_length=1)]
     """Domain cards: files, globs or folders of cards."""
     teacher: Teacher
-    """The model to learn from."""
+    """The model to learn from. Its tokenizer reads the text, and a student is pruned from its layers."""
+    teachers: dict[Annotated[str, Field(pattern=NAME)], FurtherTeacher] = Field(default={})
+    """More of them by name, for cards (`teacher: NAME`) and ensembles."""
+    default_teacher: str = "teacher"
+    """Who teaches domains whose cards name nobody: `teacher`, or an entry of `teachers`."""
     student: Student
     """The model to train."""
     trainer: Trainer

@@ -5,12 +5,13 @@ it, and never by its parameters from outside, so those hooks see every use.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ddkmix.batch import Signal
+from ddkmix.batch import RoutedSignal, Signal
 from ddkmix.boundaries import check_isolation, document_positions
 from ddkmix.losses import LossTerm
 from ddkmix.losses.chunked import chunked_objective
@@ -44,7 +45,7 @@ class DistillationModel(nn.Module):
         labels: Int[Tensor, "B T"],
         token_weight: float | Tensor,
         terms: Sequence[LossTerm],
-        signal: Signal | None = None,
+        signal: Signal | RoutedSignal | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "terms n"]]:
         """Objective and per-token losses of a batch.
 
@@ -53,7 +54,7 @@ class DistillationModel(nn.Module):
             labels: the same, unshifted, -100 where there is only padding.
             token_weight: share of every predicted token in the objective.
             terms: the losses.
-            signal: what the teacher says; None if no term needs it.
+            signal: what the teacher says, or each teacher about its own rows; None if no term needs it.
 
         Returns:
             The sum over predicted tokens of token_weight x weighted losses, and the detached value of each
@@ -65,15 +66,29 @@ class DistillationModel(nn.Module):
         where = predicted(labels)
         targets = labels[:, 1:][where]
         weight = torch.as_tensor(token_weight, dtype=torch.float32, device=hidden.device)
-        return chunked_objective(
-            hidden[:, :-1][where],
-            head_of(self.student, self._vocab_size, check=False),
-            targets,
-            weight.expand(len(targets)),
-            terms,
-            signal=None if signal is None else signal.at((slice(None), slice(None, -1))).at(where),
-            chunk_tokens=self._chunk_tokens,
-        )
+        weight = weight.expand(len(targets))
+        states, head = hidden[:, :-1][where], head_of(self.student, self._vocab_size, check=False)
+
+        def objective(states: Tensor, targets: Tensor, weight: Tensor, said: Signal | None) -> Any:
+            return chunked_objective(
+                states, head, targets, weight, terms, signal=said, chunk_tokens=self._chunk_tokens
+            )
+
+        if not isinstance(signal, RoutedSignal):
+            return objective(states, targets, weight, None if signal is None else _said(signal, where))
+        total = states.new_zeros((), dtype=torch.float32)
+        values = states.new_zeros((len(terms), len(targets)), dtype=torch.float32)
+        row_of = where.nonzero()[:, 0]
+        for rows, said in zip(signal.rows, signal.signals, strict=True):
+            own = torch.isin(row_of, rows)
+            part, values[:, own] = objective(states[own], targets[own], weight[own], _said(said, where[rows]))
+            total = total + part
+        return total, values
+
+
+def _said(signal: Signal, where: Tensor) -> Signal:
+    """What is said about the predicted tokens of some rows, in row order."""
+    return signal.at((slice(None), slice(None, -1))).at(where)
 
 
 def predicted(labels: Int[Tensor, "B T"]) -> Tensor:

@@ -50,6 +50,8 @@ class Domain:
     text_field: str = "txt"
     max_epochs: float | None = None
     prior: float | None = None
+    teacher: str | None = None
+    """An entry of the config's `teachers`."""
     sources: tuple[Source, ...] = ()
 
     def shards(self) -> Iterator[tuple[Split, DocumentShard]]:
@@ -102,6 +104,7 @@ def _load(path: Path, storage: Storage) -> Domain:
         license=card.license,
         max_epochs=card.max_epochs,
         prior=card.prior,
+        teacher=card.teacher,
         sources=card.sources,
         **shards,
     )

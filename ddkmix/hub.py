@@ -4,6 +4,7 @@ No torch and no transformers here: `lint` and `plan` answer from these files alo
 """
 
 import json
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -84,23 +85,27 @@ def check_layers(layers: tuple[int, ...], num_layers: int) -> None:
         raise ConfigError(f"student.layers = {list(layers)}; the teacher has layers 0 to {num_layers - 1}.")
 
 
-def common_vocab(student_size: int, teacher_size: int, tokenizer_size: int) -> int | None:
-    """How many classes both heads share, when their sizes differ by padding alone; None when equal.
+def common_vocab(sizes: Mapping[str, int], tokenizer_size: int) -> int | None:
+    """How many classes all heads share, when their sizes differ by padding alone; None when equal.
 
     Rows of the output layer behind the tokenizer's last token are padding that no text contains. Cutting
-    both heads to the shorter one is exact for the labels; the teacher's distribution is renormalised
+    all heads to the shortest one is exact for the labels; the teacher's distribution is renormalised
     without the classes that are cut.
+
+    Args:
+        sizes: output classes of each model; the key is what a message calls it.
+        tokenizer_size: tokens of the tokenizer that they share.
 
     Raises:
         ModelError: a head is smaller than the tokenizer.
     """
-    for name, size in (("student", student_size), ("teacher", teacher_size)):
+    for name, size in sizes.items():
         if size < tokenizer_size:
             raise ModelError(
                 f"the {name} has {size} output classes and the tokenizer {tokenizer_size} tokens; a model "
                 "needs a class for every token. Use models that share this tokenizer."
             )
-    return None if student_size == teacher_size else min(student_size, teacher_size)
+    return None if len(set(sizes.values())) <= 1 else min(sizes.values())
 
 
 def parameter_counts(name: str, revision: str | None = None) -> dict[str, int] | None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,13 @@ import numpy as np
 from ddkmix.config import RunConfig
 from ddkmix.domains import Domain, load_domains
 from ddkmix.errors import ConfigError, ModelError
+from ddkmix.fingerprint import hash_json
 from ddkmix.hub import check_layers, common_vocab, read_model_config
 from ddkmix.losses import LossTerm, build_terms
 from ddkmix.pack import read_packed
 from ddkmix.policies import WeightPolicy, build_policy, next_state
 from ddkmix.storage.location import is_remote
+from ddkmix.teachers import DEFAULT, Teachers, find_teachers
 from ddkmix.tokenizer import TokenizerCard, check_separator, read_tokenizer
 from ddkmix.types import DomainLosses
 
@@ -28,13 +31,26 @@ class Prepared:
     tokenizer: TokenizerCard
     policy: WeightPolicy
     terms: tuple[LossTerm, ...]
+    teachers: Teachers
     vocab_size: int | None
-    """Classes that teacher and student share, where their padding differs."""
+    """Classes that teachers and student share, where their padding differs."""
 
     @property
     def separator_id(self) -> int | None:
         """The token that keeps the documents of a row apart; None where they see each other."""
         return self.tokenizer.separator_id if self.config.trainer.document_boundaries else None
+
+    def teacher_fingerprint(self, domain: str) -> str:
+        """Changes with whatever changes the probabilities that a domain's teacher gives to a row's tokens.
+
+        Models, data types, shares in an ensemble, classes that are cut, and whether documents see each other;
+        not with the tokenizer or the rows.
+
+        Raises:
+            ModelError: a model has no safetensors.
+        """
+        own = self.teachers.fingerprint(self.teachers.of_domain[domain], self.config.cache_dir)
+        return hash_json([own, self.vocab_size, self.separator_id])
 
 
 def check(config: RunConfig) -> Prepared:
@@ -56,25 +72,22 @@ def check(config: RunConfig) -> Prepared:
     if config.trainer.document_boundaries:
         check_separator(tokenizer)
     _check_local_rows(config, domains, tokenizer)
+    teachers = find_teachers(config, domains)
     student = _student_config(config, teacher)
     _check_student_tokenizer(config, tokenizer)
-    for who, model in (("teacher", teacher), ("student", student)):
-        longest = model.get("max_position_embeddings")
-        if longest is not None and config.pack.seq_len > longest:
-            raise ConfigError(
-                f"pack.seq_len = {config.pack.seq_len}; the {who} has {longest} positions, use at most that."
-            )
-    sizes = (student.get("vocab_size"), teacher.get("vocab_size"))
-    vocab_size = None
-    if sizes[0] is not None and sizes[1] is not None:
-        vocab_size = common_vocab(sizes[0], sizes[1], tokenizer.vocab_size)
+    models = {"student": student, **_further_teachers(teachers, tokenizer)}
+    if DEFAULT in teachers.models:
+        models = {"teacher": teacher, **models}
+    _check_positions(config, models)
+    sizes = {name: model["vocab_size"] for name, model in models.items() if model.get("vocab_size")}
     return Prepared(
         config=config,
         domains=domains,
         tokenizer=tokenizer,
         policy=policy,
         terms=terms,
-        vocab_size=vocab_size,
+        teachers=teachers,
+        vocab_size=common_vocab(sizes, tokenizer.vocab_size),
     )
 
 
@@ -125,6 +138,32 @@ def _check_local_rows(config: RunConfig, domains: tuple[Domain, ...], tokenizer:
         cache_dir=config.cache_dir,
         storage=config.storage,
     )
+
+
+def _further_teachers(teachers: Teachers, tokenizer: TokenizerCard) -> dict[str, dict[str, Any]]:
+    """The configs of the models beside `teacher`; all of them read the same tokens."""
+    configs = {}
+    for name, model in teachers.models.items():
+        if name == DEFAULT:
+            continue
+        own = read_tokenizer(model.model, revision=model.revision, separator=tokenizer.separator)
+        if own.fingerprint != tokenizer.fingerprint:
+            raise ModelError(
+                f"teachers.{name} {model.model} and teacher {tokenizer.name} have different tokenizers "
+                f"({own.fingerprint[:12]} and {tokenizer.fingerprint[:12]}); the rows are packed once, for "
+                "all teachers. Use teachers that share a tokenizer."
+            )
+        configs[f"teachers.{name}"] = read_model_config(model.model, model.revision)
+    return configs
+
+
+def _check_positions(config: RunConfig, models: Mapping[str, dict[str, Any]]) -> None:
+    for who, model in models.items():
+        longest = model.get("max_position_embeddings")
+        if longest is not None and config.pack.seq_len > longest:
+            raise ConfigError(
+                f"pack.seq_len = {config.pack.seq_len}; the {who} has {longest} positions, use at most that."
+            )
 
 
 def _student_config(config: RunConfig, teacher: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+NAME = r"^[a-z0-9][a-z0-9_-]*$"
+"""Names of domains and teachers: lower-case letters, digits, _ and -."""
+
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -41,6 +44,28 @@ class Teacher(Section):
     """Hub revision (branch, tag or commit)."""
     dtype: Dtype = "bfloat16"
     """Parameters are loaded in this type; the teacher is never trained."""
+
+
+class FurtherTeacher(Section):
+    """A teacher beside the config's `teacher`: another model, or an ensemble of models."""
+
+    model: str | None = None
+    """Local folder or Hub id; a model that shares the tokenizer of `teacher`."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    dtype: Dtype = "bfloat16"
+    """Parameters are loaded in this type."""
+    ensemble: dict[str, Positive] | None = None
+    """Instead of a model: weights of other entries, or of `teacher`. p is proportional to the product of
+    p_k ** weight_k, weights normalised: a mean of log-probabilities at temperature 1."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "FurtherTeacher":
+        if (self.model is None) == (not self.ensemble):
+            raise ValueError("a teacher is a `model` or an `ensemble` of names and weights; give one of them")
+        if self.ensemble and {"revision", "dtype"} & self.model_fields_set:
+            raise ValueError("revision and dtype belong to the members of an ensemble; set them there")
+        return self
 
 
 class Student(Section):

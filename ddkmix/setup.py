@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,11 +10,10 @@ import torch
 from ddkmix.checkpoint import claim_run, config_changes, find_run, load_checkpoint
 from ddkmix.config import RunConfig
 from ddkmix.distillation import DistillationModel
-from ddkmix.evaluator import Evaluator, NatsCache, select_rows
-from ddkmix.fingerprint import hash_json
-from ddkmix.hub import model_fingerprint
+from ddkmix.errors import RunError
+from ddkmix.evaluator import Evaluator, select_rows
 from ddkmix.metrics import LossWindow
-from ddkmix.models import build_student, load_teacher, save_student
+from ddkmix.models import build_student, save_student
 from ddkmix.pack import PackedDomain
 from ddkmix.policies import WeightPolicy
 from ddkmix.preflight import Prepared, check
@@ -22,7 +21,7 @@ from ddkmix.prepare import open_mixture, open_rows, storage_of
 from ddkmix.provenance import DataBlock, describe, record_data
 from ddkmix.reweighting import Reweighter
 from ddkmix.signals import noting_signals
-from ddkmix.teacher import LiveTeacher
+from ddkmix.teaching import open_teachers, teacher_of_all, teacher_sums
 from ddkmix.tracking import progress_bar
 from ddkmix.trainer import Run, run_loop, token_nats
 from ddkmix.types import DomainLosses
@@ -101,7 +100,7 @@ def measure_gaps(config: RunConfig) -> tuple[DomainLosses, WeightPolicy]:
     with accelerator.main_process_first():
         packed = open_rows(prepared, shown=accelerator.is_main_process)
     evaluator = open_evaluator(config, packed, accelerator)
-    sums = _teacher_sums(prepared, evaluator, load_teacher(config.teacher))
+    sums = teacher_sums(prepared, evaluator, open_teachers(prepared, accelerator.device))
     student = build_student(config.student, config.teacher, seed=config.seed).eval()
     model = accelerator.prepare_model(_distillation(prepared, student), evaluation_mode=True)
     return evaluator.measure(token_nats(model), sums), prepared.policy
@@ -120,14 +119,6 @@ def open_evaluator(config: RunConfig, packed: dict[str, PackedDomain], accelerat
         reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
         storage=storage_of(config),
     )
-
-
-def teacher_cache(prepared: Prepared, device: torch.device) -> NatsCache:
-    """Where the teacher's held-out losses are kept: keyed by its parameters and how it computes."""
-    teacher, cache_dir = prepared.config.teacher, prepared.config.cache_dir
-    fingerprint = model_fingerprint(teacher.model, teacher.revision, cache_dir)
-    key = hash_json([fingerprint, teacher.dtype, device.type, prepared.vocab_size, prepared.separator_id])
-    return NatsCache(cache_dir / "teacher_nats", key)
 
 
 def _accelerator(config: RunConfig) -> Any:
@@ -155,9 +146,9 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
     mixture = open_mixture(
         config, packed, rank=accelerator.process_index, world_size=accelerator.num_processes
     )
-    teacher = load_teacher(config.teacher).to(accelerator.device)
+    teachers = open_teachers(prepared, accelerator.device)
     evaluator = open_evaluator(config, packed, accelerator)
-    teacher_sums = _teacher_sums(prepared, evaluator, teacher)
+    sums = teacher_sums(prepared, evaluator, teachers)
     student = build_student(config.student, config.teacher, seed=config.seed)
     if config.trainer.gradient_checkpointing:
         enable: Any = getattr(student, "activation_checkpointing_enable", None)  # since transformers 5
@@ -174,8 +165,9 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
         terms=prepared.terms,
         student=model,
         optimizer=optimizer,
-        teacher=LiveTeacher(teacher, vocab_size=prepared.vocab_size, separator_id=prepared.separator_id),
-        teacher_sums=teacher_sums,
+        teacher=teacher_of_all(prepared, teachers, mixture.domains),
+        teacher_keys={domain: prepared.teacher_fingerprint(domain) for domain in mixture.domains},
+        teacher_sums=sums,
         evaluator=evaluator,
         window=LossWindow(terms, mixture.domains, accelerator.device),
     )
@@ -197,12 +189,6 @@ def _distillation(prepared: Prepared, model: torch.nn.Module) -> DistillationMod
         chunk_tokens=prepared.config.trainer.logits_chunk_tokens,
         separator_id=prepared.separator_id,
     )
-
-
-def _teacher_sums(prepared: Prepared, evaluator: Evaluator, teacher: torch.nn.Module) -> dict[str, Any]:
-    """The teacher's held-out row sums, measured once per teacher and data and then kept on disk."""
-    model = _distillation(prepared, teacher.to(evaluator.device))
-    return evaluator.sums(token_nats(model), teacher_cache(prepared, evaluator.device))
 
 
 def _optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -230,13 +216,26 @@ def _restore(run: Run, state: dict[str, Any], changes: list[str], *, allow_chang
     found = run.mixture.load_state_dict(state["mixture"], allow_changes=allow_changes)
     same_domains = list(state["mixture"]["data"]) == list(run.mixture.domains)
     same_policy = not any(change.startswith("policy") for change in changes)
+    others = _other_teachers(run, state.get("teachers", {}), allow_changes=allow_changes)
     if same_domains and same_policy:
         run.reweighter.policy_state = state["policy"]
-    run.measure_now = not (same_domains and same_policy)
+    run.measure_now = not (same_domains and same_policy) or bool(others)
     run.total_tokens = state["total_tokens"]
     if same_domains:
         run.window.load_json(state["window"], is_main=run.main)
-    return found
+    return [*found, *others]
+
+
+def _other_teachers(run: Run, before: Mapping[str, str], *, allow_changes: bool) -> list[str]:
+    """Domains whose teacher is another one than in a checkpoint: the cards name it, or its files changed."""
+    names = [name for name, key in run.teacher_keys.items() if before.get(name, key) != key]
+    if names and not allow_changes:
+        raise RunError(
+            f"{run.config.run_dir}: the teacher of {', '.join(names)} is not the one that the run began "
+            "with (its name in the card, its files, dtype or shares); take that one again, or go on with "
+            "--allow-changes."
+        )
+    return [f"{name} has another teacher" for name in names]
 
 
 def _claim(run: Run, block: DataBlock, changes: list[str]) -> None:

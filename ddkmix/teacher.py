@@ -1,13 +1,31 @@
-"""The teacher signal of a live model, whose logits are made a few tokens at a time."""
+"""Teacher signals of live models, whose logits are made a few tokens at a time.
 
-from collections.abc import Mapping
+One model, an ensemble of models, or a teacher for each domain: each answers `signal(batch)`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ddkmix.batch import DenseSignal
+from ddkmix.batch import DenseSignal, EnsembleSignal, RoutedSignal, Signal
 from ddkmix.boundaries import check_isolation, document_positions
 from ddkmix.models import head_of, hidden_states
+
+
+@runtime_checkable
+class SignalSource(Protocol):
+    """What the trainer wants of a teacher."""
+
+    def signal(self, batch: Mapping[str, Tensor]) -> Signal | RoutedSignal:
+        """What the teacher says about every position of a batch's rows.
+
+        Args:
+            batch: `input_ids` (B, T) and `domain_ids` (B,), as the loader gives them.
+        """
+        ...
 
 
 class LiveTeacher:
@@ -28,3 +46,67 @@ class LiveTeacher:
         input_ids = batch["input_ids"]
         positions = document_positions(input_ids, self._separator_id)
         return DenseSignal(hidden=hidden_states(self.model, input_ids, positions), head=self._head)
+
+
+class EnsembleTeacher:
+    """Frozen models whose log-probabilities are averaged."""
+
+    def __init__(self, members: Sequence[LiveTeacher], weights: Sequence[float]) -> None:
+        """`weights` sum to 1."""
+        self._members, self._weights = tuple(members), tuple(weights)
+
+    def signal(self, batch: Mapping[str, Tensor]) -> EnsembleSignal:
+        """What the models say together; each of them reads all rows."""
+        said = tuple(member.signal(batch) for member in self._members)
+        return EnsembleSignal(members=said, weights=self._weights)
+
+
+class DomainTeachers:
+    """A teacher for each domain; no model reads rows that are not its own."""
+
+    def __init__(self, teachers: Sequence[SignalSource], teacher_of: Sequence[int]) -> None:
+        """`teacher_of`: for each domain, in the order of `domain_ids`, its number among `teachers`."""
+        self._teachers, self._teacher_of = tuple(teachers), torch.tensor(teacher_of)
+
+    def signal(self, batch: Mapping[str, Tensor]) -> RoutedSignal:
+        """What each teacher says about its rows; a teacher without a row in the batch is not asked."""
+        teacher_of = self._teacher_of.to(batch["domain_ids"].device)[batch["domain_ids"]]
+        rows, signals = [], []
+        for number in sorted(set(teacher_of.tolist())):
+            own = (teacher_of == number).nonzero()[:, 0]
+            said = self._teachers[number].signal({name: tensor[own] for name, tensor in batch.items()})
+            assert not isinstance(said, RoutedSignal)
+            rows.append(own)
+            signals.append(said)
+        return RoutedSignal(rows=tuple(rows), signals=tuple(signals))
+
+
+@torch.no_grad()
+def label_nats(
+    signal: DenseSignal | EnsembleSignal, labels: Int[Tensor, " n"], *, chunk_tokens: int
+) -> Float[Tensor, " n"]:
+    """-log p(label) of n tokens, nats: the teacher's own loss, without a tokens x vocabulary tensor.
+
+    Args:
+        signal: what the teacher says about the positions before the labels.
+        labels: next tokens.
+        chunk_tokens: tokens whose logits exist at one time.
+    """
+    nats = torch.zeros(len(labels), device=labels.device)
+    for start in range(0, len(labels), chunk_tokens):
+        part = slice(start, start + chunk_tokens)
+        nats[part] = nn.functional.cross_entropy(
+            dense_logits(signal.at(part)), labels[part], reduction="none"
+        )
+    return nats
+
+
+def dense_logits(signal: DenseSignal | EnsembleSignal) -> Float[Tensor, "n V"]:
+    """The logits of n tokens, float32; of an ensemble, the weighted mean of log-probabilities."""
+    if isinstance(signal, EnsembleSignal):
+        shares = zip(signal.members, signal.weights, strict=True)
+        return torch.stack([share * dense_logits(member).log_softmax(-1) for member, share in shares]).sum(0)
+    head, size = signal.head, signal.head.vocab_size
+    bias = None if head.bias is None else head.bias[:size]
+    weight = head.weight[:size].to(signal.hidden.dtype)
+    return head.finish(nn.functional.linear(signal.hidden, weight, bias).float())

@@ -26,7 +26,7 @@ from ddkmix.metrics import LossWindow
 from ddkmix.projection import Projection, news, project
 from ddkmix.reweighting import Reweighter, check_agreement
 from ddkmix.schedule import lr_multiplier
-from ddkmix.teacher import LiveTeacher
+from ddkmix.teacher import SignalSource
 from ddkmix.tracking import Bar, JsonLines, read_lines, weights_note
 from ddkmix.types import DomainLosses
 
@@ -45,7 +45,9 @@ class Run:
     student: torch.nn.Module
     """The DistillationModel, as Accelerate wrapped it."""
     optimizer: Any
-    teacher: LiveTeacher
+    teacher: SignalSource
+    teacher_keys: dict[str, str]
+    """Fingerprint of each domain's teacher."""
     teacher_sums: dict[str, Any]
     evaluator: Evaluator
     window: LossWindow
@@ -116,6 +118,7 @@ def checkpoint(run: Run) -> Path:
         "step": run.mixture.state.step,
         "mixture": run.mixture.state_dict(),
         "policy": run.reweighter.policy_state,
+        "teachers": run.teacher_keys,
         "total_tokens": run.total_tokens,
         "window": run.window.to_json(run.reduce),
     }

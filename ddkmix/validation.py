@@ -1,6 +1,7 @@
 """What pydantic finds wrong with a tree of settings, in one line for its author."""
 
 from collections.abc import Sequence
+from typing import get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -25,9 +26,11 @@ def explain(error: ValidationError, where: str, root: type[BaseModel]) -> str:
 
 
 def _fields_at(root: type[BaseModel], parts: Sequence[str]) -> list[str]:
-    section = root
-    for part in parts:
-        annotation = section.model_fields[part].annotation
+    section, names = root, list(parts)
+    while names:
+        annotation = section.model_fields[names.pop(0)].annotation
+        if get_origin(annotation) is dict and names:  # sections by name
+            annotation, _ = get_args(annotation)[1], names.pop(0)
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         section = annotation

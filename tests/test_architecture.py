@@ -45,6 +45,7 @@ LAYERS = {
     "index": 4,
     "domains": 5,
     "pack": 6,
+    "teachers": 6,
     # rows -> batches
     "apportion": 4,
     "order": 5,
@@ -77,8 +78,8 @@ LAYERS = {
     "schedule": 16,
     "teacher": 17,
     "logits_store": 15,
-    "truncation": 16,
     "distillation": 17,
+    "truncation": 18,
     "evaluator": 18,
     # for loops that are not ours
     "own_held_out": 19,
@@ -92,6 +93,7 @@ LAYERS = {
     "preflight": 22,
     "replay": 23,
     "prepare": 23,
+    "teaching": 23,
     "trainer": 23,
     "setup": 24,
     "report": 24,

@@ -24,8 +24,9 @@ from ddkmix.pack import pack_domains
 from ddkmix.preflight import check
 from ddkmix.rows import RowReader
 from ddkmix.segments import document_positions as numpy_positions
-from ddkmix.setup import measure_gaps, teacher_cache, train
+from ddkmix.setup import measure_gaps, train
 from ddkmix.teacher import LiveTeacher
+from ddkmix.teaching import teacher_cache
 from ddkmix.tokenizer import read_tokenizer
 from ddkmix.tracking import read_lines
 from tests.conftest import ConfigTree
@@ -362,7 +363,7 @@ def test_the_teachers_cache_knows_the_setting(tiny_config: Make) -> None:
     """One file for rows with boundaries, another for open ones."""
     keys = {
         teacher_cache(
-            check(config_of(tiny_config(trainer={"document_boundaries": apart}))), torch.device("cpu")
+            check(config_of(tiny_config(trainer={"document_boundaries": apart}))), "math", torch.device("cpu")
         )._model
         for apart in (True, False)
     }

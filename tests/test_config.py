@@ -274,6 +274,7 @@ OTHER_VALUES = {
     "teacher.model": "owner/name",
     "teacher.revision": "main",
     "teacher.dtype": "float16",
+    "default_teacher": "math",
     "student.init": "config",
     "student.layers": (1, 3, 5),
     "student.model": "other",
@@ -309,6 +310,15 @@ OTHER_VALUES = {
     "trainer.document_boundaries": True,
     "evaluation.rows": 20,
     "evaluation.batch_rows": 2,
+    "capture.keep": "drawn",
+    "capture.p": 0.9,
+    "capture.k": 20,
+    "capture.draws": 30,
+    "capture.log_prob_bytes": 2,
+    "capture.hidden_bytes": 1,
+    "capture.temperatures": (2.0, 4.0),
+    "capture.folder": Path("/x/logits"),
+    "capture.batch_rows": 2,
     "trainer.steps": 20,
     "trainer.batch_rows": 6,
     "trainer.microbatch_rows": 3,
@@ -351,7 +361,39 @@ def test_the_table_above_names_every_field():
         for name, field in model.model_fields.items()
         if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
     }
-    assert known == set(OTHER_VALUES) | {"loss", "schedule.decay_steps"}
+    assert known == set(OTHER_VALUES) | {"loss", "schedule.decay_steps", "teachers"}
+
+
+def test_an_override_reaches_a_teacher_and_a_member_of_an_ensemble():
+    """`teachers.NAME.KEY=value`, with defaults for the rest."""
+    changes = ("teachers.math.model=m", "teachers.both.ensemble.math=3", "teachers.both.ensemble.teacher=1")
+    teachers = parse(*changes).teachers
+    assert {"math": "m", "both": None} == {name: entry.model for name, entry in teachers.items()}
+    assert {"math": 3.0, "teacher": 1.0} == teachers["both"].ensemble
+    assert "bfloat16" == teachers["math"].dtype
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("teachers.math={}", "teachers.math: a teacher is a `model` or an `ensemble` of names and weights; "),
+        ("teachers.x={model: m, ensemble: {teacher: 1}}", "teachers.x: a teacher is a `model` or an `ensem"),
+        ("teachers.x={ensemble: {}}", "teachers.x: a teacher is a `model` or an `ensemble` of names and "),
+        ("teachers.x={ensemble: {teacher: 1}, dtype: float32}", "teachers.x: revision and dtype belong to"),
+        ("teachers.x={ensemble: {teacher: 0}}", "teachers.x.ensemble.teacher = 0 in c.yaml; input should be"),
+        ("teachers.x={ensemble: {teacher: .nan}}", "teachers.x.ensemble.teacher = nan in c.yaml; input"),
+        (
+            "teachers.x={modell: m}",
+            "unknown key teachers.x.modell in c.yaml; did you mean 'teachers.x.model'?",
+        ),
+        ("teachers.A/b={model: m}", "teachers.A/b.[key] = 'A/b' in c.yaml; string should match pattern"),
+    ],
+)
+def test_a_mistake_in_a_teacher_is_named(override, message):
+    """A line with the key, the value and the rule."""
+    with pytest.raises(ConfigError) as info:
+        parse(override)
+    assert str(info.value).startswith(message)
 
 
 def test_positions_of_a_list_are_keys():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from ddkmix.batch import DenseSignal, Head, RoutedSignal
 from ddkmix.config import Named, Student, Teacher
 from ddkmix.distillation import DistillationModel, predicted
 from ddkmix.errors import ModelError
@@ -257,3 +258,53 @@ def test_the_literal_objective_of_one_token_by_hand(student, teacher):
     logits = student(ids).logits[0, 0]
     assert F.cross_entropy(logits, ids[0, 1]).item() == pytest.approx(values[0, 0].item(), rel=1e-5)
     assert (values[0, 0] + GAMMA * values[1, 0]).item() == pytest.approx(objective.item(), rel=1e-6)
+
+
+# --- a teacher for each row -------------------------------------------------------------------------
+
+
+def random_signals():
+    """What two teachers of different size say about five rows, in float64."""
+    signals = []
+    for size in (32, 16):
+        generator = torch.Generator().manual_seed(size)
+        hidden = torch.randn(5, 8, size, generator=generator, dtype=torch.float64)
+        weight = torch.randn(320, size, generator=generator, dtype=torch.float64)
+        signals.append(DenseSignal(hidden=hidden, head=Head(weight=weight)))
+    return signals
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 1000])
+def test_each_row_is_compared_with_its_own_teacher(student, chunk_tokens):
+    """Value of every token and gradient of every parameter, in float64: as row by row with its teacher."""
+    student, (ids, labels), signals = student.double(), make_batch((8, 5, 2, 7, 8)), random_signals()
+    model, rows = DistillationModel(student, chunk_tokens=chunk_tokens), ([1, 4], [0, 2, 3])
+    expected = torch.zeros((), dtype=torch.float64)
+    values = []
+    for row in range(5):
+        said = signals[0 if row in rows[0] else 1].at(slice(row, row + 1))
+        objective, own = model(ids[row : row + 1], labels[row : row + 1], 0.1, TERMS, said)
+        objective.backward()
+        expected = expected + objective.detach()
+        values.append(own)
+    gradients = [parameter.grad.clone() for parameter in student.parameters()]
+    student.zero_grad()
+    routed = RoutedSignal(
+        rows=tuple(torch.tensor(own) for own in rows),
+        signals=tuple(said.at(own) for said, own in zip(signals, rows, strict=True)),
+    )
+    objective, actual = model(ids, labels, 0.1, TERMS, routed)
+    objective.backward()
+    assert expected.item() == pytest.approx(objective.item(), rel=1e-6)
+    torch.testing.assert_close(torch.cat(values, dim=1), actual, rtol=1e-6, atol=1e-6)
+    for truth, parameter in zip(gradients, student.parameters(), strict=True):
+        torch.testing.assert_close(truth, parameter.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_swapped_teachers_would_be_noticed(student):
+    """The comparison can fail: the two signals differ at every token."""
+    ids, labels = make_batch((8, 8))
+    one, two = (said.at([0, 1]) for said in random_signals())
+    model = DistillationModel(student.double())
+    first, second = (model(ids, labels, 1.0, TERMS, said)[1][1] for said in (one, two))
+    assert (first - second).abs().min() > 1e-3

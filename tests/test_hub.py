@@ -211,12 +211,18 @@ def test_heads_share_the_classes_of_the_smaller_one(
     expected: int | None, student: int, teacher: int, tokenizer: int
 ) -> None:
     """Heads that differ by padding are cut to the shorter; equal ones are left alone."""
-    assert expected == common_vocab(student, teacher, tokenizer)
+    assert expected == common_vocab({"student": student, "teacher": teacher}, tokenizer)
+
+
+def test_all_heads_are_cut_to_the_smallest_of_many() -> None:
+    """Several teachers and a student keep the classes that all of them have."""
+    assert common_vocab({"student": 320, "teacher": 320, "teachers.math": 320}, 300) is None
+    assert 304 == common_vocab({"student": 320, "teacher": 320, "teachers.math": 304}, 300)
 
 
 @pytest.mark.parametrize(("who", "student", "teacher"), [("student", 299, 300), ("teacher", 300, 299)])
 def test_a_head_smaller_than_the_tokenizer_is_refused(who: str, student: int, teacher: int) -> None:
     """Some tokens would have no class."""
     with pytest.raises(ModelError) as info:
-        common_vocab(student, teacher, 300)
+        common_vocab({"student": student, "teacher": teacher}, 300)
     assert one_line(info).startswith(f"the {who} has 299 output classes and the tokenizer 300 tokens; ")

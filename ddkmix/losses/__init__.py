@@ -40,6 +40,12 @@ class TokenLoss(Protocol):
 
         Returns:
             (n,) float32, nats per token. Normalising them is not its business.
+
+        A loss may also have a method `value_and_slope(student, teacher, labels)`, which gives the same values
+        and their derivative in closed form, as a `ddkmix.losses.closed_form.Slope`. It is given detached
+        `LogProbs`, of the student and, where the signal is dense, of the teacher, which losses share. It is
+        used where it was written in the same class as `__call__` or in one derived from that; any other loss
+        is differentiated by autograd, a few tokens at a time.
         """
         ...
 

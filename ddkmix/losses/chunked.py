@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ddkmix.batch import DenseSignal, Head, Signal
+from ddkmix.batch import DenseSignal, EnsembleSignal, Head, Signal
 from ddkmix.losses import LossTerm
 
 
@@ -83,16 +83,20 @@ class _ChunkedObjective(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
         compute = _Projection(head, hidden.dtype)
-        teacher = None
+        teachers: list[_Projection] = []
         if isinstance(signal, DenseSignal):
-            teacher = _Projection(signal.head, signal.hidden.dtype)
+            teachers = [_Projection(signal.head, signal.hidden.dtype)]
+        elif isinstance(signal, EnsembleSignal):
+            teachers = [_Projection(member.head, member.hidden.dtype) for member in signal.members]
         objective = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden), chunk_tokens):
             part = slice(start, start + chunk_tokens)
             raw = compute.project(hidden[part].detach())
             said: Any = None if signal is None else signal.at(part)
-            if teacher is not None:
-                said = teacher.finish(teacher.project(said.hidden))
+            if isinstance(said, DenseSignal):
+                said = teachers[0].finish(teachers[0].project(said.hidden))
+            elif isinstance(said, EnsembleSignal):
+                said = _mean_log_probs(said, teachers)
             with torch.set_grad_enabled(differentiate):
                 raw.requires_grad_(differentiate)
                 logits = compute.finish(raw)
@@ -145,3 +149,15 @@ class _Projection:
     def finish(self, raw: Tensor) -> Tensor:
         """The logits."""
         return self._head.finish(raw)
+
+
+def _mean_log_probs(signal: EnsembleSignal, teachers: list[_Projection]) -> Tensor:
+    """sum_k weight_k log p_k, which are logits of the ensemble: it lacks only log Z."""
+    summands = (
+        share * teacher.finish(teacher.project(member.hidden)).log_softmax(-1)
+        for member, teacher, share in zip(signal.members, teachers, signal.weights, strict=True)
+    )
+    total = next(summands)
+    for summand in summands:
+        total += summand
+    return total

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddkmix.batch import TruncatedSignal
+from ddkmix.losses.closed_form import LogProbs
 
 
 def kind_of(teacher: Tensor | TruncatedSignal) -> str:
@@ -28,16 +29,24 @@ def class_log_probs(
     teacher_temperature: float,
 ) -> tuple[Float[Tensor, "n C"], Float[Tensor, "n C"]]:
     """Log-probabilities of student and teacher; C is V, or K + 1 for a truncated signal (tail `bucket`)."""
-    student_logits = _divided(student_logits, student_temperature)
-    if isinstance(teacher, Tensor):
-        return student_logits.log_softmax(-1), _divided(teacher, teacher_temperature).log_softmax(-1)
+    said = LogProbs(teacher) if isinstance(teacher, Tensor) else teacher
+    return log_probs_of(LogProbs(student_logits), said, student_temperature, teacher_temperature)
+
+
+def log_probs_of(
+    student: LogProbs,
+    teacher: LogProbs | TruncatedSignal,
+    student_temperature: float,
+    teacher_temperature: float,
+) -> tuple[Float[Tensor, "n C"], Float[Tensor, "n C"]]:
+    """The same of log-probabilities that several losses share."""
+    log_q = student.at(student_temperature)
+    if isinstance(teacher, LogProbs):
+        return log_q, teacher.at(teacher_temperature)
     log_p = entry_log_probs(teacher, teacher_temperature)
-    absent = log_p == -math.inf
-    log_z = student_logits.logsumexp(-1, keepdim=True)
-    log_q = (student_logits.gather(1, teacher.ids) - log_z).masked_fill(absent, -math.inf)
-    outside = student_logits.scatter(1, teacher.ids, -math.inf).logsumexp(-1, keepdim=True) - log_z
-    rest = log_complement(log_p)
-    return torch.cat([log_q, outside], dim=1), torch.cat([log_p, rest], dim=1)
+    kept = log_q.gather(1, teacher.ids).masked_fill(log_p == -math.inf, -math.inf)
+    rest = log_q.scatter(1, teacher.ids, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([kept, rest], dim=1), torch.cat([log_p, log_complement(log_p)], dim=1)
 
 
 def entry_log_probs(teacher: TruncatedSignal, temperature: float) -> Float[Tensor, "n K"]:
@@ -66,8 +75,3 @@ def log_complement(log_p: Float[Tensor, "n K"]) -> Float[Tensor, "n 1"]:
     """log(1 - sum of p), -inf where nothing is left."""
     total = log_p.logsumexp(-1, keepdim=True).clamp(max=0.0)
     return torch.log(-torch.expm1(total))
-
-
-def _divided(logits: Tensor, temperature: float) -> Tensor:
-    """At temperature 1 a division would only copy the two largest tensors of the step."""
-    return logits if temperature == 1.0 else logits / temperature

@@ -48,6 +48,36 @@ class Divergence:
         """
         raise NotImplementedError
 
+    def between_and_slope(self, log_q: Any, log_p: Any) -> tuple[Any, Any]:
+        """`between` and its derivative, written out. Without it `between` is differentiated by autograd.
+
+        Args:
+            log_q: (n, C) log-probabilities of the student, without a gradient.
+            log_p: (n, C) log-probabilities of the teacher, as in `between`.
+
+        Returns:
+            (n,) the same values as `between`, and (n, C) d between / d log_q, which may be off by a multiple
+            of q (forward KL: -p; for any other, q times the derivative by q). Finite where `between` is.
+        """
+        from ddkmix.losses.closed_form import by_autograd
+
+        return by_autograd(self.between, log_q, log_p)
+
+    def value_and_slope(self, student: Any, teacher: Any, labels: Any) -> tuple[Any, Any]:
+        """What `__call__` gives, and its derivative; see `TokenLoss`."""
+        from ddkmix.losses import classes, closed_form
+
+        log_q, log_p = classes.log_probs_of(student, teacher, self.student_temperature, self.temperature)
+        if closed_form.keeps_up(type(self), "between_and_slope", "between"):
+            values, slope = self.between_and_slope(log_q, log_p)
+        else:
+            values, slope = closed_form.by_autograd(self.between, log_q, log_p)
+        common = {"temperature": self.student_temperature, "factor": self.scale}
+        if isinstance(teacher, closed_form.LogProbs):
+            return self.scale * values, closed_form.Slope(dense=slope, **common)
+        parts = {"entries": slope[:, :-1], "rest": slope[:, -1:], "log_q_rest": log_q[:, -1:]}
+        return self.scale * values, closed_form.Slope(ids=teacher.ids, **parts, **common)
+
     def __call__(self, student_logits: Any, teacher: Any, labels: Any) -> Any:
         """The divergence of each token.
 

@@ -4,7 +4,6 @@ DDK's Eq. 3 prints the arguments the other way round but calls the reverse direc
 this is its term (gamma = 0.2, temperature 1).
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,9 +37,12 @@ class ForwardKL(Divergence):
 
     def between(self, log_q: Any, log_p: Any) -> Any:
         """sum_v p (log p - log q)."""
-        excluded = log_p == -math.inf  # adds nothing, but 0 x inf would be nan
-        difference = log_p.masked_fill(excluded, 0.0) - log_q.masked_fill(excluded, 0.0)
-        return (log_p.exp() * difference).sum(-1)
+        return _weighted(log_p.exp(), log_p - log_q)
+
+    def between_and_slope(self, log_q: Any, log_p: Any) -> tuple[Any, Any]:
+        """Its derivative by log q is -p."""
+        p = log_p.exp()
+        return _weighted(p, log_p - log_q), -p
 
     def __call__(self, student_logits: Any, teacher: Any, labels: Any) -> Any:
         """KL of each token; see `Divergence.__call__` for the arguments."""
@@ -48,8 +50,30 @@ class ForwardKL(Divergence):
 
         if classes.kind_of(teacher) in ("dense", "bucket"):
             return Divergence.__call__(self, student_logits, teacher, labels)
+        log_q = (student_logits / self.student_temperature).log_softmax(-1)
+        return self._over_entries(log_q, teacher)[0]
+
+    def value_and_slope(self, student: Any, teacher: Any, labels: Any) -> tuple[Any, Any]:
+        """KL and its derivative, -p of every class or the weights of the entries; see `TokenLoss`."""
+        from ddkmix.losses import classes, closed_form
+
+        if isinstance(teacher, closed_form.LogProbs) or classes.kind_of(teacher) == "bucket":
+            return Divergence.value_and_slope(self, student, teacher, labels)
+        values, weights = self._over_entries(student.at(self.student_temperature), teacher)
+        slope = closed_form.Slope(
+            temperature=self.student_temperature, factor=self.scale, ids=teacher.ids, entries=-weights
+        )
+        return values, slope
+
+    def _over_entries(self, log_q: Any, teacher: Any) -> tuple[Any, Any]:
+        """The sum over a truncated signal's entries alone, and what each entry counts."""
+        from ddkmix.losses import classes
+
         weights = classes.entry_weights(teacher, self.temperature)
         log_p = weights.log() if teacher.draws is None else classes.entry_log_probs(teacher, self.temperature)
-        log_q = (student_logits / self.student_temperature).log_softmax(-1).gather(1, teacher.ids)
-        absent = weights == 0
-        return self.scale * (weights * (log_p - log_q).masked_fill(absent, 0.0)).sum(-1)
+        return self.scale * _weighted(weights, log_p - log_q.gather(1, teacher.ids)), weights
+
+
+def _weighted(p: Any, difference: Any) -> Any:
+    """sum_v p x difference, where p = 0 adds nothing although 0 x inf would be nan."""
+    return (p * difference).masked_fill(p == 0, 0.0).sum(-1)

@@ -30,3 +30,9 @@ class ReverseKL(Divergence):
         absent = log_q == -math.inf
         difference = log_q.masked_fill(absent, 0.0) - log_p.masked_fill(absent, 0.0)
         return (log_q.exp() * difference).sum(-1)
+
+    def between_and_slope(self, log_q: Any, log_p: Any) -> tuple[Any, Any]:
+        """Its derivative by log q is q (log q - log p), but for a multiple of q."""
+        q = log_q.exp()
+        slope = (q * (log_q - log_p)).masked_fill(q == 0, 0.0)
+        return slope.sum(-1), slope

@@ -26,6 +26,8 @@ class _Column:
     """Format of the cell; None is a dash."""
 
 
+_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a parameter."""
 _START = (
     _Column(title="train rows", key="train_rows", style=","),
     _Column(title="train tokens", key="train_tokens", style=","),
@@ -160,8 +162,11 @@ def _memory(config: RunConfig) -> str:
     counts = parameter_counts(config.teacher.model, config.teacher.revision)
     if counts is None:
         return "memory: the teacher's parameters are not on this machine yet, so no estimate."
-    width = {"float32": 4, "bfloat16": 2, "float16": 2}[config.teacher.dtype]
-    teacher = width * sum(counts.values())
+    teacher = _WIDTH[config.teacher.dtype] * sum(counts.values())
+    for further in (entry for entry in config.teachers.values() if entry.model is not None):
+        assert further.model is not None
+        others = parameter_counts(further.model, further.revision) or {}
+        teacher += _WIDTH[further.dtype] * sum(others.values())
     student = _student_parameters(config, counts)
     vocab = read_model_config(config.teacher.model, config.teacher.revision).get("vocab_size", 0)
     # student and teacher logits, their log-softmaxes, products and the gradient: about 8 float32 buffers

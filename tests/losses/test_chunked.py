@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddkmix.batch import DenseSignal, Head
+from ddkmix.batch import DenseSignal, EnsembleSignal, Head
 from ddkmix.losses import CrossEntropy, ForwardKL, LossTerm
 from ddkmix.losses.chunked import chunked_objective
 
@@ -330,6 +330,35 @@ def test_inside_autocast_the_type_of_the_hidden_states_decides():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual, _ = chunked_objective(**case)
     assert expected.item() == actual.item()
+
+
+# --- several teachers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_an_ensemble_is_the_geometric_mean_of_its_members(temperature):
+    """KL to p = prod_k p_k^w_k / Z at temperature 1, tempered afterwards; value and gradients literal."""
+    case, second = make_case(), make_case(seed=5)["signal"]
+    case["terms"] = (LossTerm("forward_kl", 1.0, ForwardKL(temperature=temperature)),)
+    members, weights = (case["signal"], second), (0.3, 0.7)
+    p = math.prod(
+        (said.hidden @ said.head.weight.T).softmax(-1) ** share
+        for said, share in zip(members, weights, strict=True)
+    )
+    p = p / p.sum(-1, keepdim=True)
+    p = p ** (1 / temperature) / (p ** (1 / temperature)).sum(-1, keepdim=True)
+    z = case["hidden"] @ case["head"].weight.T + case["head"].bias
+    log_q = (z / temperature).log_softmax(-1)
+    expected = temperature**2 * (p * (p.log() - log_q)).sum(-1)
+    (expected * case["token_weight"]).sum().backward()
+    truth = [leaf.grad.clone() for leaf in (case["hidden"], case["head"].weight)]
+    case["hidden"].grad = case["head"].weight.grad = case["head"].bias.grad = None
+    case["signal"] = EnsembleSignal(members=members, weights=weights)
+    objective, values = chunked_objective(**case, chunk_tokens=3)
+    objective.backward()
+    torch.testing.assert_close(expected.detach().float(), values[0], rtol=1e-5, atol=1e-6)
+    for gradient, leaf in zip(truth, (case["hidden"], case["head"].weight), strict=True):
+        torch.testing.assert_close(gradient, leaf.grad, rtol=1e-5, atol=1e-6)
 
 
 # --- what is allocated ------------------------------------------------------------------------------
