@@ -53,11 +53,11 @@ class EnsembleTeacher:
 
     def __init__(self, members: Sequence[LiveTeacher], weights: Sequence[float]) -> None:
         """`weights` sum to 1."""
-        self._members, self._weights = tuple(members), tuple(weights)
+        self.members, self._weights = tuple(members), tuple(weights)
 
     def signal(self, batch: Mapping[str, Tensor]) -> EnsembleSignal:
         """What the models say together; each of them reads all rows."""
-        said = tuple(member.signal(batch) for member in self._members)
+        said = tuple(member.signal(batch) for member in self.members)
         return EnsembleSignal(members=said, weights=self._weights)
 
 

@@ -174,21 +174,31 @@ def find_store(folder: Path, wanted: StoreCard) -> Path:
     Raises:
         DataError: there is none; the message says what the nearest one differs in.
     """
-    if (folder / wanted.key / STORE).exists():
-        return folder / wanted.key
-    nearest: tuple[int, Path, list[str]] | None = None
-    for path in _stores(folder):
-        differences = read_card(path)[0].differences(wanted)
-        if not differences:
-            return path
-        if nearest is None or len(differences) < nearest[0]:
-            nearest = len(differences), path, differences
-    if nearest is None:
+    if (found := serving_store(folder, wanted)) is not None:
+        return found
+    others = {path: read_card(path)[0].differences(wanted) for path in _stores(folder)}
+    if not others:
         raise DataError(f"{folder} holds no logits store; make one with `ddkmix capture CONFIG`.")
+    nearest = min(others, key=lambda path: len(others[path]))
     raise DataError(
-        f"no logits store in {folder} fits this run; the nearest, {nearest[1].name}, has "
-        f"{', '.join(nearest[2])}. Capture again with `ddkmix capture CONFIG`, or change the config."
+        f"no logits store in {folder} fits this run; the nearest, {nearest.name}, has "
+        f"{', '.join(others[nearest])}. Capture again with `ddkmix capture CONFIG`, or change the config."
     )
+
+
+def serving_store(folder: Path, wanted: StoreCard) -> Path | None:
+    """The store in a folder of stores that serves a run, if there is one.
+
+    Args:
+        folder: of stores, or of one.
+        wanted: what the run asks for.
+
+    Raises:
+        DataError: a store.json is damaged.
+    """
+    if (folder / wanted.key / STORE).exists() and read_card(folder / wanted.key)[0].serves(wanted):
+        return folder / wanted.key
+    return next((path for path in _stores(folder) if read_card(path)[0].serves(wanted)), None)
 
 
 def _stores(folder: Path) -> Sequence[Path]:
