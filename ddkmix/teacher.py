@@ -54,11 +54,11 @@ class EnsembleTeacher:
 
     def __init__(self, members: Sequence[LiveTeacher], weights: Sequence[float]) -> None:
         """`weights` sum to 1."""
-        self._members, self._weights = tuple(members), tuple(weights)
+        self.members, self._weights = tuple(members), tuple(weights)
 
     def signal(self, batch: Mapping[str, Tensor]) -> EnsembleSignal:
         """What the models say together; each of them reads all rows."""
-        said = tuple(member.signal(batch) for member in self._members)
+        said = tuple(member.signal(batch) for member in self.members)
         return EnsembleSignal(members=said, weights=self._weights)
 
 
@@ -96,17 +96,19 @@ def label_nats(
     nats = torch.zeros(len(labels), device=labels.device)
     for start in range(0, len(labels), chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        nats[part] = nn.functional.cross_entropy(_logits(signal.at(part)), labels[part], reduction="none")
+        nats[part] = nn.functional.cross_entropy(
+            dense_logits(signal.at(part)), labels[part], reduction="none"
+        )
     return nats
 
 
-def _logits(signal: DenseSignal | EnsembleSignal) -> Float[Tensor, "n V"]:
+def dense_logits(signal: DenseSignal | EnsembleSignal) -> Float[Tensor, "n V"]:
     """Logits of one model, or those of an ensemble: sum_k weight_k log p_k, which lacks only log Z."""
     if isinstance(signal, DenseSignal):
         return logits_of(signal.hidden, signal.head)
     device, shares = signal.members[0].hidden.device, zip(signal.members, signal.weights, strict=True)
     logits: Float[Tensor, "n V"] = sum(
-        (share * _logits(member).log_softmax(-1) for member, share in shares),
+        (share * dense_logits(member).log_softmax(-1) for member, share in shares),
         torch.zeros((), device=device),
     )
     return logits
