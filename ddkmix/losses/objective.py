@@ -13,6 +13,7 @@ from ddkmix.errors import ConfigError, ModelError, NumericsError
 from ddkmix.losses import LossTerm
 from ddkmix.losses.chunked import ChunkedObjective
 from ddkmix.losses.classes import kind_of
+from ddkmix.losses.hidden_match import HiddenMatch
 from ddkmix.losses.liger import liger_objective
 from ddkmix.losses.reference import logits_of, reference_objective
 
@@ -128,6 +129,11 @@ def _check(
         )
     kind = kind_of(signal) if isinstance(signal, TruncatedSignal) else "dense"
     for term in terms:
+        if isinstance(term.loss, HiddenMatch):
+            raise ConfigError(
+                f"loss {term.name} compares hidden states of other layers, which are not here; give them to "
+                "ddkmix.matching.Matching and add its values."
+            )
         accepted = getattr(term.loss, "accepts", {"dense"})
         if term.loss.needs_teacher and signal is not None and kind not in accepted:
             raise ConfigError(
