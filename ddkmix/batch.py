@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["DenseSignal", "Head", "TruncatedSignal"]
+from ddkmix.errors import ConfigError
+
+__all__ = ["DenseSignal", "EnsembleSignal", "Head", "RoutedSignal", "TruncatedSignal"]
 
 Tail = Literal["bucket", "renormalize", "drop"]
 """What becomes of the teacher's mass outside the classes that were kept; see `TruncatedSignal`."""
@@ -37,7 +39,7 @@ class Head:
         """Logits from what the linear layer gives: scale and soft cap.
 
         Args:
-            raw: h W^T + b.
+            raw: logits without them, h W^T + b.
         """
         if self.scale != 1.0:
             raw = raw * self.scale
@@ -66,14 +68,32 @@ class DenseSignal:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class EnsembleSignal:
-    """What several teachers say together: log p = sum_k weight_k log p_k - log Z, at temperature 1."""
+    """What several teachers with one vocabulary say together: the geometric mean of their distributions.
+
+    logits = sum_k weights_k log softmax(logits_k). Its softmax is the distribution with the least
+    sum_k weights_k KL(p || p_k).
+    """
 
     members: tuple[DenseSignal, ...]
+    """What each teacher says."""
     weights: tuple[float, ...]
-    """Of each member; they sum to 1."""
+    """Positive, one for each member, with the sum 1."""
+
+    def __post_init__(self) -> None:
+        """Check what the loss takes for granted."""
+        same = len(self.members) == len(self.weights) > 0
+        if not same or not all(w > 0 for w in self.weights) or abs(sum(self.weights) - 1) > 1e-6:
+            raise ConfigError(
+                f"an ensemble of {len(self.members)} teachers has the weights {self.weights}; each teacher "
+                "needs one above 0, and their sum must be 1."
+            )
 
     def at(self, index: Any) -> "EnsembleSignal":
-        """The same of some positions only; `index` is what `hidden[index]` takes."""
+        """The same of some positions only.
+
+        Args:
+            index: what `hidden[index]` takes: a mask, a slice, numbers.
+        """
         return replace(self, members=tuple(member.at(index) for member in self.members))
 
 
@@ -129,6 +149,23 @@ class TruncatedSignal:
             log_z={t: values[index] for t, values in self.log_z.items()},
             draws=None if self.draws is None else self.draws[index],
             drawn_mass=None if self.drawn_mass is None else self.drawn_mass[index],
+        )
+
+    def to(self, device: torch.device) -> "TruncatedSignal":
+        """The same on a device.
+
+        Args:
+            device: where its tensors go.
+        """
+        return replace(
+            self,
+            ids=self.ids.to(device),
+            log_probs=self.log_probs.to(device),
+            entropy=self.entropy.to(device),
+            teacher_nats=self.teacher_nats.to(device),
+            log_z={t: values.to(device) for t, values in self.log_z.items()},
+            draws=None if self.draws is None else self.draws.to(device),
+            drawn_mass=None if self.drawn_mass is None else self.drawn_mass.to(device),
         )
 
 

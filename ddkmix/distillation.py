@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ddkmix.batch import RoutedSignal, Signal
 from ddkmix.boundaries import check_isolation, document_positions
 from ddkmix.losses import LossTerm
-from ddkmix.losses.chunked import chunked_objective
+from ddkmix.losses.objective import distillation_objective
 from ddkmix.models import head_of, hidden_states
 from ddkmix.sources import IGNORE
 
@@ -27,7 +27,8 @@ class DistillationModel(nn.Module):
         student: nn.Module,
         *,
         vocab_size: int | None = None,
-        chunk_tokens: int = 256,
+        chunk_tokens: int | None = None,
+        memory_mb: float = 512.0,
         separator_id: int | None = None,
     ) -> None:
         """Documents of a row see each other unless there is a `separator_id` that keeps them apart."""
@@ -36,7 +37,7 @@ class DistillationModel(nn.Module):
         if separator_id is not None:
             check_isolation(student, separator_id)
         self.student = student
-        self._vocab_size, self._chunk_tokens = vocab_size, chunk_tokens
+        self._vocab_size, self._chunk_tokens, self._memory_mb = vocab_size, chunk_tokens, memory_mb
         self._separator_id = separator_id
 
     def forward(
@@ -69,21 +70,26 @@ class DistillationModel(nn.Module):
         weight = weight.expand(len(targets))
         states, head = hidden[:, :-1][where], head_of(self.student, self._vocab_size, check=False)
 
-        def objective(states: Tensor, targets: Tensor, weight: Tensor, said: Signal | None) -> Any:
-            return chunked_objective(
-                states, head, targets, weight, terms, signal=said, chunk_tokens=self._chunk_tokens
+        def objective(own: Any, said: Signal | None) -> tuple[Tensor, Tensor]:
+            """Of some tokens."""
+            return distillation_objective(
+                states[own],
+                head,
+                targets[own],
+                weight[own],
+                terms,
+                signal=said,
+                chunk_tokens=self._chunk_tokens,
+                memory_mb=self._memory_mb,
             )
 
         if not isinstance(signal, RoutedSignal):
-            return objective(states, targets, weight, None if signal is None else _said(signal, where))
-        total = states.new_zeros((), dtype=torch.float32)
-        values = states.new_zeros((len(terms), len(targets)), dtype=torch.float32)
+            return objective(slice(None), None if signal is None else _said(signal, where))
         row_of = where.nonzero()[:, 0]
-        for rows, said in zip(signal.rows, signal.signals, strict=True):
-            own = torch.isin(row_of, rows)
-            part, values[:, own] = objective(states[own], targets[own], weight[own], _said(said, where[rows]))
-            total = total + part
-        return total, values
+        own = [torch.isin(row_of, rows).nonzero()[:, 0] for rows in signal.rows]
+        said = [_said(part, where[rows]) for rows, part in zip(signal.rows, signal.signals, strict=True)]
+        totals, values = zip(*map(objective, own, said), strict=True)
+        return sum(totals[1:], totals[0]), torch.cat(values, dim=1)[:, torch.cat(own).argsort()]
 
 
 def _said(signal: Signal, where: Tensor) -> Signal:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from ddkmix.domains import Domain, load_domains
 from ddkmix.errors import ConfigError, ModelError
 from ddkmix.fingerprint import hash_json
 from ddkmix.hub import check_layers, common_vocab, read_model_config
-from ddkmix.losses import LossTerm, build_terms
+from ddkmix.losses import LossTerm, build_terms, check_terms, check_weights
 from ddkmix.pack import read_packed
 from ddkmix.policies import WeightPolicy, build_policy, next_state
 from ddkmix.storage.location import is_remote
@@ -63,6 +63,7 @@ def check(config: RunConfig) -> Prepared:
     policy = build_policy(config.policy)
     _try_policy(policy, tuple(domain.name for domain in domains))
     terms = build_terms(config.loss)
+    check_weights(terms, config.trainer.steps, config.schedule)
     _check_batch(config)
     _check_trackers(config)
     teacher = read_model_config(config.teacher.model, config.teacher.revision)
@@ -73,6 +74,7 @@ def check(config: RunConfig) -> Prepared:
         check_separator(tokenizer)
     _check_local_rows(config, domains, tokenizer)
     teachers = find_teachers(config, domains)
+    _check_signal(config, terms)
     student = _student_config(config, teacher)
     _check_student_tokenizer(config, tokenizer)
     models = {"student": student, **_further_teachers(teachers, tokenizer)}
@@ -110,6 +112,18 @@ def _try_policy(policy: WeightPolicy, domains: tuple[str, ...]) -> None:
     uniform = np.full(len(domains), 1.0 / len(domains))
     state = next_state(policy, None, dummy_losses(domains), uniform)
     next_state(policy, state, dummy_losses(domains), uniform)
+
+
+def _check_signal(config: RunConfig, terms: Sequence[LossTerm]) -> None:
+    """The losses are defined for the kind of signal that there will be."""
+    live, kept = config.signal.source == "live", config.capture.keep
+    if live or kept == "hidden":
+        kinds = ["dense"]
+    else:
+        kinds = ["drawn" if kept in ("drawn", "top_k_drawn") else config.signal.tail]
+        kinds += ["dense"] * (config.signal.missing == "live")
+    for kind in kinds:
+        check_terms(terms, kind)
 
 
 def _check_batch(config: RunConfig) -> None:

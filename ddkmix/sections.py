@@ -19,6 +19,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+DecayShape = Literal["cosine", "linear", "sqrt"]
 
 
 class Section(BaseModel):
@@ -122,6 +123,19 @@ class Mixture(Section):
     """Rows are permuted inside blocks of this many; larger mixes better, smaller reads more locally."""
 
 
+class Signal(Section):
+    """Where the trainer takes the teacher's signal from."""
+
+    source: Literal["live", "store"] = "live"
+    """`live`: the teacher reads every batch. `store`: what `ddkmix capture` has kept of it (see `capture`);
+    the teacher is loaded only to measure held-out rows that it was not measured on before."""
+    tail: Literal["bucket", "renormalize", "drop"] = "bucket"
+    """What becomes of the mass outside the kept classes: one class more, on both sides; nothing, the kept
+    classes scaled up to 1; or nothing at all. The last two are biased: see `ddkmix.batch.TruncatedSignal`."""
+    missing: Literal["error", "live"] = "error"
+    """Rows of shards that were not captured: an error before the run begins, or the live teacher."""
+
+
 class Optimizer(Section):
     """AdamW."""
 
@@ -143,13 +157,30 @@ class Schedule(Section):
     """The learning rate as a multiple of its peak."""
 
     name: Literal["cosine", "wsd", "constant"] = "cosine"
-    """`wsd`: warm-up, stable, then a cosine decay over the last `decay_steps`."""
+    """`cosine`: warm-up, then a cosine over the rest. `wsd`: warm-up, stable, then a decay."""
     warmup_steps: Count = 0
     """Linear warm-up from 0."""
+    warmup_share: Share = 0.0
+    """The same as a share of the run's steps (pre-training distillation: 0.1); not both."""
     decay_steps: Count = 0
     """Length of the decay; only for `wsd`."""
+    decay_share: Share = 0.0
+    """The same as a share of the run's steps; not both."""
+    decay: DecayShape = "cosine"
+    """How `wsd` falls: along a cosine, a line, or 1 - sqrt(x) (arXiv 2405.18392)."""
     final_ratio: Share = 0.1
     """Learning rate of the last step as a share of the peak."""
+
+    @model_validator(mode="after")
+    def _one_length_each(self) -> "Schedule":
+        for part in ("warmup", "decay"):
+            steps, share = getattr(self, f"{part}_steps"), getattr(self, f"{part}_share")
+            if steps and share:
+                raise ValueError(
+                    f"{part}_steps = {steps} and {part}_share = {share} both say how long the {part} is; "
+                    "remove one"
+                )
+        return self
 
 
 class Loader(Section):
@@ -228,8 +259,10 @@ class Trainer(Section):
     """Rows in one forward and backward pass of one rank; unset means all of the rank's rows."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """`bf16`: the student computes in bfloat16 over float32 parameters."""
-    logits_chunk_tokens: PositiveInt = 256
-    """Tokens whose logits exist at one time."""
+    logits_memory_mb: Positive = 512.0
+    """Megabytes for logits of student and teacher; more than a few hundred make no difference in speed."""
+    logits_chunk_tokens: PositiveInt | None = None
+    """Tokens whose logits exist at one time, in the place of `logits_memory_mb`."""
     document_boundaries: bool = False
     """Attention and positions restart at every document of a row: a token sees its own document and the
     separator before it."""

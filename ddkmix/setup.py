@@ -21,7 +21,7 @@ from ddkmix.prepare import open_mixture, open_rows, storage_of
 from ddkmix.provenance import DataBlock, describe, record_data
 from ddkmix.reweighting import Reweighter
 from ddkmix.signals import noting_signals
-from ddkmix.teaching import open_teachers, teacher_of_all, teacher_sums
+from ddkmix.teaching import open_teachers, open_teaching, teacher_sums
 from ddkmix.tracking import progress_bar
 from ddkmix.trainer import Run, run_loop, token_nats
 from ddkmix.types import DomainLosses
@@ -146,9 +146,9 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
     mixture = open_mixture(
         config, packed, rank=accelerator.process_index, world_size=accelerator.num_processes
     )
-    teachers = open_teachers(prepared, accelerator.device)
     evaluator = open_evaluator(config, packed, accelerator)
-    sums = teacher_sums(prepared, evaluator, teachers)
+    train_rows = {name: domain.train for name, domain in packed.items()}
+    teaching = open_teaching(prepared, train_rows, evaluator, mixture.domains)
     student = build_student(config.student, config.teacher, seed=config.seed)
     if config.trainer.gradient_checkpointing:
         enable: Any = getattr(student, "activation_checkpointing_enable", None)  # since transformers 5
@@ -165,9 +165,10 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
         terms=prepared.terms,
         student=model,
         optimizer=optimizer,
-        teacher=teacher_of_all(prepared, teachers, mixture.domains),
+        teacher=teaching.source,
+        reads_places=teaching.reads_places,
         teacher_keys={domain: prepared.teacher_fingerprint(domain) for domain in mixture.domains},
-        teacher_sums=sums,
+        teacher_sums=teaching.sums,
         evaluator=evaluator,
         window=LossWindow(terms, mixture.domains, accelerator.device),
     )
@@ -187,6 +188,7 @@ def _distillation(prepared: Prepared, model: torch.nn.Module) -> DistillationMod
         model,
         vocab_size=prepared.vocab_size,
         chunk_tokens=prepared.config.trainer.logits_chunk_tokens,
+        memory_mb=prepared.config.trainer.logits_memory_mb,
         separator_id=prepared.separator_id,
     )
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ddkmix.batch import DenseSignal, EnsembleSignal, RoutedSignal, Signal
 from ddkmix.boundaries import check_isolation, document_positions
+from ddkmix.losses.reference import logits_of
 from ddkmix.models import head_of, hidden_states
 
 
@@ -102,11 +103,12 @@ def label_nats(
 
 
 def dense_logits(signal: DenseSignal | EnsembleSignal) -> Float[Tensor, "n V"]:
-    """The logits of n tokens, float32; of an ensemble, the weighted mean of log-probabilities."""
-    if isinstance(signal, EnsembleSignal):
-        shares = zip(signal.members, signal.weights, strict=True)
-        return torch.stack([share * dense_logits(member).log_softmax(-1) for member, share in shares]).sum(0)
-    head, size = signal.head, signal.head.vocab_size
-    bias = None if head.bias is None else head.bias[:size]
-    weight = head.weight[:size].to(signal.hidden.dtype)
-    return head.finish(nn.functional.linear(signal.hidden, weight, bias).float())
+    """Logits of one model, or those of an ensemble: sum_k weight_k log p_k, which lacks only log Z."""
+    if isinstance(signal, DenseSignal):
+        return logits_of(signal.hidden, signal.head)
+    device, shares = signal.members[0].hidden.device, zip(signal.members, signal.weights, strict=True)
+    logits: Float[Tensor, "n V"] = sum(
+        (share * dense_logits(member).log_softmax(-1) for member, share in shares),
+        torch.zeros((), device=device),
+    )
+    return logits

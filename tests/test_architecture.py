@@ -32,6 +32,7 @@ LAYERS = {
     "plugins": 1,
     "sections": 1,
     "config": 2,
+    "schedule": 3,
     # documents -> rows
     "storage": 3,
     "card": 3,
@@ -75,8 +76,8 @@ LAYERS = {
     "models": 15,
     "boundaries": 16,
     "metrics": 16,
-    "schedule": 16,
     "teacher": 17,
+    "stored_teacher": 18,
     "logits_store": 15,
     "distillation": 17,
     "truncation": 18,

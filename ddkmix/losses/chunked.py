@@ -1,65 +1,28 @@
 """Hidden states -> weighted loss and its gradients, a chunk of tokens at a time.
 
 With a vocabulary of 49,000 and more, logits are the largest tensors of a small student's step. Here the
-logits of `chunk_tokens` tokens exist at once; their gradient is taken at once and folded into the
-gradients of the hidden states and of the output weights, so that no tokens x vocabulary tensor ever exists
-and the two projections are computed once (not again in the backward pass).
+logits of one chunk exist at a time, once for the student and once for a dense teacher. Their gradient is
+made at once, in the place of the student's logits, from closed forms where the losses have them, and folded
+into the gradients of hidden states and output weights: no tokens x vocabulary tensor ever exists, and every
+matrix product of the plain computation is done once.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from ddkmix.batch import DenseSignal, EnsembleSignal, Head, Signal
-from ddkmix.losses import LossTerm
+from ddkmix.batch import Head, Signal
+from ddkmix.losses import LossTerm, token_multiple
+from ddkmix.losses.closed_form import LogProbs, keeps_up, logit_gradient
+from ddkmix.losses.logits import Block, Projection, blocks, compute_type, teacher_chunks
+
+_SLICE_ELEMENTS = 2**22
+"""Of the output weights' gradient, where it must be made in a smaller type before it is added up."""
 
 
-def chunked_objective(
-    hidden: Float[Tensor, "n D"],
-    head: Head,
-    labels: Int[Tensor, " n"],
-    token_weight: Float[Tensor, " n"],
-    terms: Sequence[LossTerm],
-    *,
-    signal: Signal | None = None,
-    chunk_tokens: int = 256,
-) -> tuple[Float[Tensor, ""], Float[Tensor, "terms n"]]:
-    """The objective and the value of every term at every token.
-
-    objective = sum_i token_weight_i sum_k weight_k loss_k(i). Differentiable in `hidden`, `head.weight` and
-    `head.bias`; the second result is detached.
-
-    Args:
-        hidden: student's last hidden states of the tokens that predict.
-        head: student's output layer.
-        labels: next tokens.
-        token_weight: share of each token in the objective; the trainer puts all normalisation here.
-        terms: the weighted losses.
-        signal: what the teacher says about the same tokens; None if no term needs it.
-        chunk_tokens: tokens whose logits exist at one time.
-    """
-    weight, bias = head.weight, head.bias
-    if not torch.is_grad_enabled():  # a Function is not told, and would make gradients for nobody
-        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    # the compute type is that of `hidden`; autocast would choose again inside every chunk
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _ChunkedObjective.apply(  # type: ignore[no-untyped-call]
-            hidden,
-            weight,
-            bias,
-            head,
-            labels,
-            token_weight,
-            tuple(terms),
-            signal,
-            chunk_tokens,
-        )
-
-
-class _ChunkedObjective(torch.autograd.Function):
+class ChunkedObjective(torch.autograd.Function):
     """Gradients are made in the forward pass and only scaled in the backward pass."""
 
     @staticmethod
@@ -75,54 +38,36 @@ class _ChunkedObjective(torch.autograd.Function):
         signal: Signal | None,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        differentiate = needs_hidden or needs_weight or needs_bias
-        values = hidden.new_zeros((len(terms), len(hidden)), dtype=torch.float32)
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # float32 whatever the compute type: a vocabulary row collects thousands of small terms
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
-        compute = _Projection(head, hidden.dtype)
-        teachers: list[_Projection] = []
-        if isinstance(signal, DenseSignal):
-            teachers = [_Projection(signal.head, signal.hidden.dtype)]
-        elif isinstance(signal, EnsembleSignal):
-            teachers = [_Projection(member.head, member.hidden.dtype) for member in signal.members]
-        objective = hidden.new_zeros((), dtype=torch.float32)
+        """Objective and values; see `distillation_objective` for the arguments."""
+        student = Projection(head, hidden, chunk_tokens)
+        teacher = teacher_chunks(signal, chunk_tokens)
+        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
+        values = hidden.new_empty((len(terms), len(hidden)), dtype=compute_type(hidden))
+        token_weight = token_weight.to(values.dtype)
+        multiple = token_multiple(terms)
+        assert chunk_tokens % multiple == 0, "a group of tokens must not be cut"
         for start in range(0, len(hidden), chunk_tokens):
-            part = slice(start, start + chunk_tokens)
-            raw = compute.project(hidden[part].detach())
-            said: Any = None if signal is None else signal.at(part)
-            if isinstance(said, DenseSignal):
-                said = teachers[0].finish(teachers[0].project(said.hidden))
-            elif isinstance(said, EnsembleSignal):
-                said = _mean_log_probs(said, teachers)
-            with torch.set_grad_enabled(differentiate):
-                raw.requires_grad_(differentiate)
-                logits = compute.finish(raw)
-                chunk = logits.new_zeros(())
-                for k, term in enumerate(terms):
-                    value = term.loss(logits, said, labels[part])
-                    values[k, part] = value.detach()
-                    chunk = chunk + term.weight * (value * token_weight[part]).sum()
-            objective += chunk.detach()
-            if not differentiate:
-                continue
-            (grad_raw,) = torch.autograd.grad(chunk, raw)
-            grad_raw = grad_raw.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = grad_raw @ compute.weight
-            if grad_weight is not None:
-                grad_weight[: grad_raw.shape[1]] += grad_raw.T @ hidden[part]
-            if grad_bias is not None:
-                grad_bias[: grad_raw.shape[1]] += grad_raw.sum(dim=0)
-        ctx.grads = (grad_hidden, grad_weight, grad_bias)
+            part = slice(start, min(start + chunk_tokens, len(hidden)))
+            raw, said = student.project(part), teacher(part)
+            for rows in blocks(len(raw), student.classes, raw.device, multiple):
+                here = slice(start + rows.start, start + rows.stop)
+                logits, about = student.finish(raw[rows]), said(rows)
+                if not gradients.wanted:
+                    values[:, here] = _values(terms, logits, about, labels[here])
+                    continue
+                values[:, here], slope = _gradient(terms, logits, about, labels[here], token_weight[here])
+                raw[rows] = student.pull_back(slope, logits)
+            if gradients.wanted:
+                gradients.add(part, raw, student.weight)
+        factors = values.new_tensor([term.weight for term in terms])
+        ctx.grads = gradients.of_inputs
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(values)
-        return objective, values
+        return ((factors @ values) * token_weight).sum(), values
 
     @staticmethod
     def backward(ctx: Any, grad_objective: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients, once."""
         if ctx.grads is None:
             raise RuntimeError("the gradients of this objective were already taken; run forward again")
         scaled = [
@@ -133,31 +78,66 @@ class _ChunkedObjective(torch.autograd.Function):
         return (*scaled, *[None] * 6)
 
 
-class _Projection:
-    """A head in the compute type, in two steps, so that the chunk's gradient starts between them."""
+class _Gradients:
+    """Of hidden states, output weights and bias, as far as they are wanted."""
 
-    def __init__(self, head: Head, dtype: torch.dtype) -> None:
-        self.weight = head.weight.detach()[: head.vocab_size].to(dtype)
-        self._bias = None if head.bias is None else head.bias.detach()[: head.vocab_size].to(dtype)
-        self._head = head
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[bool]) -> None:
+        self.wanted, self._hidden = any(wanted), hidden.detach()
+        # float32 whatever the compute type: a vocabulary row collects thousands of small terms
+        total = compute_type(hidden)
+        self.of_inputs = (
+            torch.empty_like(hidden) if wanted[0] else None,
+            torch.zeros_like(weight, dtype=total) if wanted[1] else None,
+            torch.zeros_like(bias, dtype=total) if bias is not None and wanted[2] else None,
+        )
 
-    def project(self, hidden: Tensor) -> Tensor:
-        """h W^T + b as float32, before scale and soft cap."""
-        hidden = hidden.to(self.weight.dtype)
-        return torch.nn.functional.linear(hidden, self.weight, self._bias).float()
+    def add(self, part: slice, by_logits: Tensor, weight: Tensor) -> None:
+        """What a chunk adds."""
+        of_hidden, of_weight, of_bias = self.of_inputs
+        classes = by_logits.shape[1]
+        if of_hidden is not None:
+            torch.mm(by_logits, weight, out=of_hidden[part])
+        if of_weight is not None:
+            _add_product(of_weight[:classes], by_logits, self._hidden[part])
+        if of_bias is not None:
+            of_bias[:classes] += by_logits.sum(dim=0, dtype=of_bias.dtype)
 
-    def finish(self, raw: Tensor) -> Tensor:
-        """The logits."""
-        return self._head.finish(raw)
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left^T right. In a smaller type a part of the classes at a time, or it would exist twice."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.T, right)
+        return
+    step = max(1, _SLICE_ELEMENTS // total.shape[1])
+    for start in range(0, len(total), step):
+        some = slice(start, start + step)
+        total[some] += left[:, some].T @ right
 
 
-def _mean_log_probs(signal: EnsembleSignal, teachers: list[_Projection]) -> Tensor:
-    """sum_k weight_k log p_k, which are logits of the ensemble: it lacks only log Z."""
-    summands = (
-        share * teacher.finish(teacher.project(member.hidden)).log_softmax(-1)
-        for member, teacher, share in zip(signal.members, teachers, signal.weights, strict=True)
-    )
-    total = next(summands)
-    for summand in summands:
-        total += summand
-    return total
+def _values(terms: Sequence[LossTerm], logits: Tensor, said: Block, labels: Tensor) -> Tensor:
+    """(terms, n) losses of a block."""
+    teacher = said.logits if isinstance(said, LogProbs) else said
+    return torch.stack([term.loss(logits, teacher, labels) for term in terms])
+
+
+def _gradient(
+    terms: Sequence[LossTerm], logits: Tensor, said: Block, labels: Tensor, token_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(terms, n) losses of a block, and the derivative of their weighted sum by the logits."""
+    student, values, slopes, others = LogProbs(logits), [], [], []
+    for term in terms:
+        if keeps_up(type(term.loss), "value_and_slope", "__call__"):
+            value, slope = term.loss.value_and_slope(student, said, labels)  # type: ignore[attr-defined]
+            slopes.append((term.weight * token_weight, slope))
+            values.append(value)
+            continue
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            value = term.loss(leaf, said.logits if isinstance(said, LogProbs) else said, labels)
+            weighted = (term.weight * token_weight * value).sum()
+        others.append(torch.autograd.grad(weighted, leaf)[0])
+        values.append(value.detach())
+    gradient = logit_gradient(student, slopes)
+    for other in others:
+        gradient.add_(other)
+    return torch.stack(values), gradient

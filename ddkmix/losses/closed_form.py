@@ -45,7 +45,7 @@ class Slope:
 
     temperature: float | Float[Tensor, " n"] = 1.0
     """Of the log_q that it belongs to."""
-    factor: float = 1.0
+    factor: float | Float[Tensor, " n"] = 1.0
     dense: Float[Tensor, "n V"] | None = None
     """Of every class."""
     ids: Int[Tensor, "n K"] | None = None
@@ -109,10 +109,12 @@ def _add(gradient: Tensor, row: Tensor, slope: Slope, log_q: Tensor) -> None:
     """gradient += row x slope; row is (n, 1)."""
     if slope.dense is not None:
         gradient.addcmul_(slope.dense, row)
+    if slope.ids is None:
+        return
     if slope.entries is not None:
         gradient.scatter_add_(1, slope.ids, slope.entries * row)
     if (
         slope.rest is not None
-    ):  # log q_rest = log sum of q outside, whose derivative by log q_v is q_v / q_rest
+    ):  # log q_rest is the log of a sum of q_v outside: its derivative by log q_v is q_v / q_rest
         shares = (log_q - slope.log_q_rest.clamp(min=_LEAST)).exp_().mul_(slope.rest * row)
         gradient.add_(shares.scatter_(1, slope.ids, 0.0))

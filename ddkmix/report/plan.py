@@ -169,8 +169,10 @@ def _memory(config: RunConfig) -> str:
         teacher += _WIDTH[further.dtype] * sum(others.values())
     student = _student_parameters(config, counts)
     vocab = read_model_config(config.teacher.model, config.teacher.revision).get("vocab_size", 0)
-    # student and teacher logits, their log-softmaxes, products and the gradient: about 8 float32 buffers
-    logits = 8 * 4 * config.trainer.logits_chunk_tokens * vocab
+    logits = 1e6 * config.trainer.logits_memory_mb
+    if config.trainer.logits_chunk_tokens is not None:  # one buffer of the student's, one of the teacher's
+        computed = 2 if config.trainer.mixed_precision == "bf16" else 4
+        logits = (computed + _WIDTH[config.teacher.dtype]) * config.trainer.logits_chunk_tokens * vocab
     if student is None:
         return (
             f"memory: teacher {teacher / 1e9:.2f} GB, logits {logits / 1e9:.2f} GB; the student's size is "

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddkmix.batch import DenseSignal, EnsembleSignal, Head
 from ddkmix.losses import CrossEntropy, ForwardKL, LossTerm
-from ddkmix.losses.chunked import chunked_objective
+from ddkmix.losses.objective import distillation_objective
 
 NUM_TOKENS, HIDDEN, TEACHER_HIDDEN, CLASSES = 7, 5, 6, 11
 CE = LossTerm("cross_entropy", 1.0, CrossEntropy())
@@ -22,7 +22,7 @@ TOLERANCE = 1e-6
 
 
 def make_case(seed=0, *, tokens=NUM_TOKENS, classes=CLASSES, hidden=HIDDEN, **changes):
-    """Arguments of `chunked_objective` in float64, with leaves for its three gradients."""
+    """Arguments of `distillation_objective` in float64, with leaves for its three gradients."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -101,7 +101,7 @@ def gradients(case):
 def run(case, *, chunk_tokens=3, scale=1.0, dtype=None):
     """Objective, values and gradients of the chunked function on copies of the leaves."""
     case = in_dtype(case, dtype or case["hidden"].dtype)
-    objective, values = chunked_objective(**case, chunk_tokens=chunk_tokens)
+    objective, values = distillation_objective(**case, chunk_tokens=chunk_tokens)
     (scale * objective).backward()
     return objective.detach(), values, gradients(case)
 
@@ -117,7 +117,7 @@ def assert_same(expected, actual):
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 3, NUM_TOKENS, NUM_TOKENS + 10])
-def test_any_chunk_size_equals_the_unchunked_objective(chunk_tokens):
+def test_any_chunk_size_equals_the_undistillation_objective(chunk_tokens):
     """One token at a time, a ragged last chunk, all at once and more: value and gradients are the same."""
     case = make_case()
     assert_same(unchunked(case), run(case, chunk_tokens=chunk_tokens))
@@ -127,7 +127,7 @@ def test_any_chunk_size_equals_the_unchunked_objective(chunk_tokens):
 @given(
     st.integers(0, 10**6), st.integers(1, 9), st.integers(2, 20), st.integers(1, 12), st.sampled_from([1, 2])
 )
-def test_any_shape_equals_the_unchunked_objective(seed, tokens, classes, chunk_tokens, hidden):
+def test_any_shape_equals_the_undistillation_objective(seed, tokens, classes, chunk_tokens, hidden):
     """Random sizes down to one token, two classes and one hidden unit."""
     case = make_case(seed, tokens=tokens, classes=classes, hidden=hidden)
     assert_same(unchunked(case), run(case, chunk_tokens=chunk_tokens))
@@ -151,7 +151,7 @@ def test_in_bfloat16_it_is_no_less_exact_than_plain_bfloat16():
     exact, naive = unchunked(case), unchunked(case, dtype=torch.bfloat16)
     case = in_dtype(case, torch.float32)
     case["hidden"] = hidden.requires_grad_()
-    objective, values = chunked_objective(**case, chunk_tokens=32)
+    objective, values = distillation_objective(**case, chunk_tokens=32)
     objective.backward()
     assert (torch.float32, torch.float32) == (objective.dtype, values.dtype)
     ours = gradients(case)
@@ -193,7 +193,7 @@ def test_finite_differences_agree():
     ],
     ids=str,
 )
-def test_every_kind_of_head_equals_the_unchunked_objective(changes):
+def test_every_kind_of_head_equals_the_undistillation_objective(changes):
     """Without bias, scaled, soft-capped, cut to its first classes, and all of it together."""
     case = make_case(**changes)
     assert_same(unchunked(case), run(case, chunk_tokens=2))
@@ -228,7 +228,7 @@ def test_tied_weights_collect_the_gradient_of_both_uses():
         return shared.grad
 
     ours = total(
-        lambda shared: chunked_objective(
+        lambda shared: distillation_objective(
             torch.tanh(shared[ids]), Head(weight=shared), labels, torch.ones(4), (CE,), chunk_tokens=3
         )[0]
     )
@@ -274,7 +274,7 @@ def test_gradients_accumulate_over_micro_batches():
             **{name: case[name][half] for name in ("hidden", "labels", "token_weight")},
             "signal": case["signal"].at(half),
         }
-        chunked_objective(**part, chunk_tokens=3)[0].backward()
+        distillation_objective(**part, chunk_tokens=3)[0].backward()
     for truth, ours in zip(expected, gradients(case), strict=True):
         torch.testing.assert_close(truth, ours, rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -282,7 +282,7 @@ def test_gradients_accumulate_over_micro_batches():
 def test_a_second_backward_pass_is_refused():
     """Gradients are handed out once; asking again is an error, not a silent zero or double."""
     case = make_case()
-    objective, _ = chunked_objective(**case)
+    objective, _ = distillation_objective(**case)
     objective.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="already taken"):
         objective.backward()
@@ -290,7 +290,7 @@ def test_a_second_backward_pass_is_refused():
 
 def test_per_token_values_are_detached():
     """Values are for the log; only the objective has a gradient."""
-    objective, values = chunked_objective(**make_case())
+    objective, values = distillation_objective(**make_case())
     assert objective.requires_grad
     assert not values.requires_grad
 
@@ -316,7 +316,7 @@ def test_no_tokens_are_no_loss():
 def test_no_teacher_is_needed_where_no_term_asks_for_one():
     """Cross-entropy alone runs without the teacher's states, and equals transformers' convention."""
     case = make_case() | {"terms": (CE,), "signal": None}
-    objective, values = chunked_objective(**case, chunk_tokens=2)
+    objective, values = distillation_objective(**case, chunk_tokens=2)
     logits = case["hidden"] @ case["head"].weight.T + case["head"].bias
     expected = F.cross_entropy(logits, case["labels"], reduction="none")
     torch.testing.assert_close(expected, values[0].double(), rtol=TOLERANCE, atol=TOLERANCE)
@@ -326,9 +326,9 @@ def test_no_teacher_is_needed_where_no_term_asks_for_one():
 def test_inside_autocast_the_type_of_the_hidden_states_decides():
     """Under bf16 autocast float32 hidden states are still computed in float32."""
     case = in_dtype(make_case(), torch.float32)
-    expected, _ = chunked_objective(**case)
+    expected, _ = distillation_objective(**case)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual, _ = chunked_objective(**case)
+        actual, _ = distillation_objective(**case)
     assert expected.item() == actual.item()
 
 
@@ -354,11 +354,11 @@ def test_an_ensemble_is_the_geometric_mean_of_its_members(temperature):
     truth = [leaf.grad.clone() for leaf in (case["hidden"], case["head"].weight)]
     case["hidden"].grad = case["head"].weight.grad = case["head"].bias.grad = None
     case["signal"] = EnsembleSignal(members=members, weights=weights)
-    objective, values = chunked_objective(**case, chunk_tokens=3)
+    objective, values = distillation_objective(**case, chunk_tokens=3)
     objective.backward()
-    torch.testing.assert_close(expected.detach().float(), values[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(expected.detach(), values[0], rtol=1e-9, atol=1e-12)
     for gradient, leaf in zip(truth, (case["hidden"], case["head"].weight), strict=True):
-        torch.testing.assert_close(gradient, leaf.grad, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient, leaf.grad, rtol=1e-9, atol=1e-12)
 
 
 # --- what is allocated ------------------------------------------------------------------------------
@@ -404,7 +404,7 @@ def allocations(chunk_tokens, *, frozen_head=False, differentiate=True):
     if frozen_head:
         case["head"] = replace(case["head"], weight=case["head"].weight.detach(), bias=None)
     with Allocations() as seen, torch.set_grad_enabled(differentiate):
-        objective, _ = chunked_objective(**case, chunk_tokens=chunk_tokens)
+        objective, _ = distillation_objective(**case, chunk_tokens=chunk_tokens)
         if differentiate:
             objective.backward()
     return seen
@@ -440,9 +440,9 @@ def test_without_gradients_only_logits_are_made():
 def test_without_gradients_the_values_are_the_same():
     """Evaluation and training measure the same losses."""
     case = make_case()
-    expected, values = chunked_objective(**case, chunk_tokens=3)
+    expected, values = distillation_objective(**case, chunk_tokens=3)
     with torch.no_grad():
-        objective, same = chunked_objective(**case, chunk_tokens=3)
+        objective, same = distillation_objective(**case, chunk_tokens=3)
     assert not objective.requires_grad
     assert expected.item() == objective.item()
     torch.testing.assert_close(values, same, rtol=0, atol=0)

@@ -278,20 +278,28 @@ def test_without_a_limit_there_is_no_warning(make_plan):
     assert "warning" not in make_plan({"code": 1.0, "math": 1.0})[0]
 
 
-def test_memory_of_a_pruned_student_by_hand(make_plan, teacher):
-    """80 million parameters in bf16; layers 0 and 2 kept: 70 million x 16 bytes; 8 chunks of logits."""
+@pytest.mark.parametrize(("logits", "trainer"), [("1.20", {}), ("0.80", {"mixed_precision": "bf16"})])
+def test_memory_of_a_pruned_student_by_hand(make_plan, teacher, logits, trainer):
+    """80 million parameters in bf16; layers 0 and 2 kept: 70 million x 16 bytes; logits of 4000 tokens, of
+    the teacher in bf16 and of the student in float32 or bf16."""
     text, _ = make_plan(
         {"code": 1.0, "math": 1.0},
         teacher=teacher,
         student={"init": "prune", "layers": [0, 2]},
-        trainer={"logits_chunk_tokens": 100},
+        trainer={"logits_chunk_tokens": 4000, **trainer},
     )
-    # 2 x 80.001e6, 16 x 70.001e6, 8 x 4 x 100 x 50,000 bytes
+    # 2 x 80.001e6, 16 x 70.001e6, (2 + 4 or 2 + 2) x 4000 x 50,000 bytes
     expected = (
         "memory: teacher 0.16 GB (80M parameters), student 1.12 GB (70M parameters with gradients and AdamW "
-        "moments, 16 bytes each), logits 0.16 GB; activations come on top."
+        f"moments, 16 bytes each), logits {logits} GB; activations come on top."
     )
     assert expected == text.splitlines()[-1]
+
+
+def test_memory_for_logits_is_the_budget_where_no_chunk_is_named(make_plan, teacher):
+    """`trainer.logits_memory_mb`, 512 MB."""
+    text, _ = make_plan({"code": 1.0, "math": 1.0}, teacher=teacher, trainer={"logits_chunk_tokens": None})
+    assert ", logits 0.51 GB;" in text.splitlines()[-1]
 
 
 def test_memory_of_a_student_that_is_not_built_yet(make_plan, teacher):
