@@ -67,10 +67,14 @@ class TokenLoss(Protocol):
             (n,) float32, nats per token. Normalising them is not its business.
 
         A loss may also have a method `value_and_slope(student, teacher, labels)`, which gives the same values
-        and their derivative in closed form, as a `ddkmix.losses.closed_form.Slope`. It is given detached
+        and their derivative in closed form, as a `Slope`. It is given detached
         `LogProbs`, of the student and, where the signal is dense, of the teacher, which losses share. It is
         used where it was written in the same class as `__call__` or in one derived from that; any other loss
         is differentiated by autograd, a few tokens at a time.
+
+        Also optional: `kinds`, which of `accepts` are left with these parameters; `temperatures`, at which the
+        teacher's probabilities are wanted; `token_multiple`, where tokens are compared with each other: calls
+        then start at a multiple of it, and only the last may hold another number of tokens.
         """
         ...
 

@@ -172,8 +172,8 @@ def test_every_loss_serves_the_kinds_that_it_names(kind):
             {"name": "reverse_kl"},
             "renormalize",
             "loss.1 (reverse_kl) is not defined for a teacher signal of the kind 'renormalize', only for "
-            "bucket, dense; set the signal's tail to bucket, or use one of forward_kl, jsd, mse, nll, skew_kl, "
-            "skew_reverse_kl, total_variation.",
+            "bucket, dense; set the signal's tail to bucket, or use one of forward_kl, jsd, mse, nll, "
+            "skew_kl, skew_reverse_kl, total_variation.",
         ),
         (
             {"name": "ranking"},
