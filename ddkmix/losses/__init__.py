@@ -72,9 +72,9 @@ class TokenLoss(Protocol):
         used where it was written in the same class as `__call__` or in one derived from that; any other loss
         is differentiated by autograd, a few tokens at a time.
 
-        Also optional: `kinds`, which of `accepts` are left with these parameters; `temperatures`, at which the
-        teacher's probabilities are wanted; `token_multiple`, where tokens are compared with each other: calls
-        then start at a multiple of it, and only the last may hold another number of tokens.
+        Also optional: `kinds`, which of `accepts` are left with these parameters; `temperatures`, at which
+        the teacher's probabilities are wanted; `token_multiple`, where tokens are compared with each other:
+        calls then start at a multiple of it, and only the last may hold another number of tokens.
         """
         ...
 
