@@ -56,6 +56,8 @@ class DenseSignal:
     """Last hidden states, after the final norm; the state of token t predicts token t + 1."""
     head: Head
     """The teacher's output layer."""
+    layers: Mapping[int, Float[Tensor, "*b D"]] = field(default_factory=dict)
+    """Outputs of the layers that a `HiddenMatch` asked for, by their number there."""
 
     def at(self, index: Any) -> "DenseSignal":
         """The same of some positions only.
@@ -63,7 +65,8 @@ class DenseSignal:
         Args:
             index: what `hidden[index]` takes: a mask, a slice, numbers.
         """
-        return replace(self, hidden=self.hidden[index])
+        layers = {number: output[index] for number, output in self.layers.items()}
+        return replace(self, hidden=self.hidden[index], layers=layers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -5,16 +5,20 @@ it, and never by its parameters from outside, so those hooks see every use.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ddkmix.batch import RoutedSignal, Signal
+from ddkmix.batch import DenseSignal, RoutedSignal, Signal
 from ddkmix.boundaries import check_isolation, document_positions
+from ddkmix.errors import ConfigError
 from ddkmix.losses import LossTerm
+from ddkmix.losses.hidden_match import HiddenMatch
 from ddkmix.losses.objective import distillation_objective
+from ddkmix.matching import Matching, teacher_states
 from ddkmix.models import head_of, hidden_states
 from ddkmix.sources import IGNORE
 
@@ -30,13 +34,17 @@ class DistillationModel(nn.Module):
         chunk_tokens: int | None = None,
         memory_mb: float = 512.0,
         separator_id: int | None = None,
+        matching: Matching | None = None,
     ) -> None:
-        """Documents of a row see each other unless there is a `separator_id` that keeps them apart."""
+        """Documents of a row see each other unless there is a `separator_id` that keeps them apart.
+
+        `matching` has the projections of a `hidden_match` term, which are trained with the student.
+        """
         super().__init__()
         head_of(student)  # refuses a model that cannot be split, before training starts
         if separator_id is not None:
             check_isolation(student, separator_id)
-        self.student = student
+        self.student, self.matching = student, matching
         self._vocab_size, self._chunk_tokens, self._memory_mb = vocab_size, chunk_tokens, memory_mb
         self._separator_id = separator_id
 
@@ -61,9 +69,41 @@ class DistillationModel(nn.Module):
             The sum over predicted tokens of token_weight x weighted losses, and the detached value of each
             term at the n predicted tokens, in row order (see `predicted`).
         """
+        others = [term for term in terms if not isinstance(term.loss, HiddenMatch)]
+        if len(others) == len(terms):
+            return self._objective(self._states(input_ids), labels, token_weight, terms, signal)
+        if self.matching is None:
+            raise ConfigError("loss hidden_match: this DistillationModel was made without `matching`.")
+        with self.matching.layers.recorded(self.student) as outputs:
+            hidden = self._states(input_ids)
+        where = predicted(labels)
+        about: Any = signal
+        if isinstance(signal, DenseSignal):  # the objective must not copy the layers once more
+            about, signal = _said(signal, where), replace(signal, layers={})
+        theirs = teacher_states(about, self.matching.loss)
+        own = {number: output[:, :-1][where] for number, output in outputs.items()}
+        distance = self.matching(own, theirs)
+        objective, values = self._objective(hidden, labels, token_weight, others, signal)
+        (at,) = [i for i, term in enumerate(terms) if isinstance(term.loss, HiddenMatch)]
+        objective = objective + terms[at].weight * (distance * token_weight).sum()
+        return objective, torch.cat([values[:at], distance.detach()[None], values[at:]])
+
+    def _states(self, input_ids: Tensor) -> Float[Tensor, "B T D"]:
+        """The student's last hidden states, in the type in which it computes."""
         hidden = hidden_states(self.student, input_ids, document_positions(input_ids, self._separator_id))
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        return hidden
+
+    def _objective(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        token_weight: float | Tensor,
+        terms: Sequence[LossTerm],
+        signal: Signal | RoutedSignal | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Terms that look at logits."""
         where = predicted(labels)
         targets = labels[:, 1:][where]
         weight = torch.as_tensor(token_weight, dtype=torch.float32, device=hidden.device)

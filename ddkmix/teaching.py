@@ -13,6 +13,7 @@ from ddkmix.evaluator import Evaluator, NatsCache, TokenNats
 from ddkmix.fingerprint import hash_json
 from ddkmix.index import DomainRows
 from ddkmix.logits_store.reader import LogitsStore
+from ddkmix.matching import hidden_match_of
 from ddkmix.models import load_teacher
 from ddkmix.preflight import Prepared
 from ddkmix.prepare import store_cards, stores_folder
@@ -89,12 +90,14 @@ def open_store(prepared: Prepared, rows: Mapping[str, DomainRows]) -> LogitsStor
 
 def open_teachers(prepared: Prepared, device: torch.device) -> dict[str, LiveTeacher | EnsembleTeacher]:
     """The teachers in use, by name, loaded onto a device; a model in several of them is loaded once."""
-    teachers = prepared.teachers
+    teachers, matched = prepared.teachers, hidden_match_of(prepared.terms)
+    layers = () if matched is None else matched.teacher_layers
     models = {
         name: LiveTeacher(
             load_teacher(config).to(device),
             vocab_size=prepared.vocab_size,
             separator_id=prepared.separator_id,
+            layers=layers,
         )
         for name, config in teachers.models.items()
     }

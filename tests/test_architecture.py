@@ -75,6 +75,7 @@ LAYERS = {
     "losses": 15,
     "models": 15,
     "boundaries": 16,
+    "matching": 16,
     "metrics": 16,
     "teacher": 17,
     "stored_teacher": 18,

@@ -17,6 +17,7 @@ from ddkmix.config import Named
 from ddkmix.errors import ConfigError
 from ddkmix.losses.cross_entropy import CrossEntropy
 from ddkmix.losses.forward_kl import ForwardKL
+from ddkmix.losses.hidden_match import HiddenMatch
 from ddkmix.losses.jsd import JSD
 from ddkmix.losses.mse import MSE
 from ddkmix.losses.nll import NLL
@@ -37,6 +38,7 @@ __all__ = [
     "NLL",
     "CrossEntropy",
     "ForwardKL",
+    "HiddenMatch",
     "Ranking",
     "ReverseKL",
     "Sinkhorn",
@@ -82,6 +84,7 @@ class TokenLoss(Protocol):
 LOSSES: dict[str, type] = {
     "cross_entropy": CrossEntropy,
     "forward_kl": ForwardKL,
+    "hidden_match": HiddenMatch,
     "jsd": JSD,
     "mse": MSE,
     "nll": NLL,
@@ -129,6 +132,11 @@ def build_terms(specs: Sequence[Named]) -> tuple[LossTerm, ...]:
     names = [term.name for term in terms]
     if len(set(names)) < len(names):
         raise ConfigError(f"loss: {names} names a loss twice; metrics need each name once.")
+    if terms and all(isinstance(term.loss, HiddenMatch) for term in terms):
+        raise ConfigError(
+            "loss: hidden_match teaches nothing about the next token; name another loss beside it, if only "
+            "to watch it: {name: cross_entropy, weight: 0}."
+        )
     resting = [term.name for term in terms if isinstance(term.schedule, Rest)]
     if len(resting) > 1:
         raise ConfigError(f"loss: {resting} both have the weight `rest`; only one term can have it.")

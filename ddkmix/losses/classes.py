@@ -50,7 +50,9 @@ def log_probs_of(
     log_p = entry_log_probs(teacher, teacher_temperature)
     kept = log_q.gather(1, teacher.ids).masked_fill(log_p == -math.inf, -math.inf)
     rest = log_q.scatter(1, teacher.ids, -math.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([kept, rest], dim=1), torch.cat([log_p, log_complement(log_p)], dim=1)
+    # where every class was kept there is no rest, whatever rounding has left of the teacher's
+    outside = log_complement(log_p).masked_fill(rest == -math.inf, -math.inf)
+    return torch.cat([kept, rest], dim=1), torch.cat([log_p, outside], dim=1)
 
 
 def entry_log_probs(teacher: TruncatedSignal, temperature: float) -> Float[Tensor, "n K"]:
