@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ddkmix.batch import TruncatedSignal
-from ddkmix.capture import Capturing, Job, Recorder, Teacher, open_capturing
+from ddkmix.capture import Capturing, Job, Teacher, open_capturing
 from ddkmix.config import RunConfig
 from ddkmix.errors import DataError, RowError
 from ddkmix.logits_store.card import find_store
@@ -123,7 +123,7 @@ def _ask_again(
         for i in range(ask_rows):
             one = captured[i * len(captured) // ask_rows]
             row = i * one.num_rows // ask_rows
-            said, labels = Recorder(job, one, teacher).said(reader, np.array([row]))
+            said, labels = job.recorder(one, teacher).said(reader, np.array([row]))
             for start in range(0, len(labels), _CHUNK_TOKENS):
                 part = slice(start, start + _CHUNK_TOKENS)
                 log_p = dense_logits(said.at(part)).log_softmax(-1).cpu()

@@ -83,6 +83,7 @@ LAYERS = {
     "distillation": 17,
     "truncation": 18,
     "evaluator": 18,
+    "recording": 19,
     # for loops that are not ours
     "own_held_out": 19,
     "gap_evaluator": 20,
