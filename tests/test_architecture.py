@@ -43,6 +43,7 @@ LAYERS = {
     "tokenizer": 4,
     "token_stream": 4,
     "index": 4,
+    "alignment": 5,
     "domains": 5,
     "pack": 6,
     "teachers": 6,
@@ -78,6 +79,7 @@ LAYERS = {
     "schedule": 16,
     "teacher": 17,
     "distillation": 17,
+    "cross_vocabulary": 18,
     "evaluator": 18,
     # for loops that are not ours
     "own_held_out": 19,

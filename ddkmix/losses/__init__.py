@@ -16,10 +16,12 @@ from ddkmix.config import Named
 from ddkmix.errors import ConfigError
 from ddkmix.losses.cross_entropy import CrossEntropy
 from ddkmix.losses.forward_kl import ForwardKL
+from ddkmix.losses.gold import GOLD
 from ddkmix.losses.reverse_kl import ReverseKL
+from ddkmix.losses.uld import ULD
 from ddkmix.plugins import build
 
-__all__ = ["LOSSES", "CrossEntropy", "ForwardKL", "ReverseKL", "TokenLoss"]
+__all__ = ["GOLD", "LOSSES", "ULD", "CrossEntropy", "ForwardKL", "ReverseKL", "TokenLoss"]
 
 
 @runtime_checkable
@@ -54,6 +56,8 @@ LOSSES: dict[str, type] = {
     "cross_entropy": CrossEntropy,
     "forward_kl": ForwardKL,
     "reverse_kl": ReverseKL,
+    "uld": ULD,
+    "gold": GOLD,
 }
 """The losses that a config can name."""
 
