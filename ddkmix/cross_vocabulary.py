@@ -4,14 +4,14 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ddkmix.alignment import Retokenizer, same_tokens, token_bytes
 from ddkmix.batch import CrossSignal
 from ddkmix.distillation import predicted
 from ddkmix.sources import IGNORE
-from ddkmix.teacher import LiveTeacher
+from ddkmix.teacher import LiveTeacher, label_nats
 from ddkmix.tokenizer import TokenizerCard
 
 
@@ -74,6 +74,26 @@ class CrossVocabularyTeacher:
             spans=torch.from_numpy(spans).to(ids.device),
             pairs=self._pairs.to(ids.device),
         )
+
+    def nats(
+        self, input_ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"], *, chunk_tokens: int
+    ) -> Float[Tensor, " n"]:
+        """The teacher's loss on the same text, given to the student's n predicted tokens, nats.
+
+        Summed over a row it is the teacher's loss on that row's spans, divided by the student's tokens in
+        them and multiplied by all of the student's predicted tokens: what stands outside the spans, a few
+        tokens at the ends of a row, is taken for as hard as the rest. So the gap to the student is that of
+        nats on the same bytes.
+        """
+        signal = self.signal({"input_ids": input_ids, "labels": labels})
+        own = label_nats(signal.teacher, signal.labels, chunk_tokens=chunk_tokens).double()
+        total = torch.cat([own.new_zeros(1), own.cumsum(0)])
+        start, stop, their_start, their_stop = signal.spans.unbind(1)
+        row_of = predicted(labels).nonzero()[:, 0]
+        inside = own.new_zeros(len(labels)).index_add(0, row_of[start], (stop - start).double())
+        share = row_of.bincount(minlength=len(labels)) / inside.clamp(min=1)
+        nats = own.new_zeros(len(row_of)).index_add(0, start, total[their_stop] - total[their_start])
+        return (nats * share[row_of]).float()
 
 
 def _flat_spans(

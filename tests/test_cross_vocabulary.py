@@ -8,12 +8,18 @@ import pytest
 import torch
 
 from ddkmix.batch import CrossSignal
-from ddkmix.config import Named, Student, Teacher
+from ddkmix.config import Named, Student, Teacher, parse_config
 from ddkmix.cross_vocabulary import CrossVocabularyTeacher
 from ddkmix.distillation import DistillationModel, predicted
+from ddkmix.errors import ConfigError, ModelError
+from ddkmix.evaluator import select_rows
 from ddkmix.losses import build_terms
 from ddkmix.models import build_student, load_teacher
+from ddkmix.preflight import check
+from ddkmix.prepare import open_rows
+from ddkmix.setup import measure_gaps, train
 from ddkmix.tokenizer import read_tokenizer
+from ddkmix.tracking import read_lines
 from tests.conftest import EOS, WORDS, documents, save_tiny_model
 
 TERMS = build_terms(
@@ -188,3 +194,87 @@ def test_a_student_learns_from_a_teacher_it_shares_no_token_ids_with(teacher, st
     assert losses[-1] < losses[0]
     assert all(math.isfinite(loss) for loss in losses)
     assert np.argmin(losses) > 0
+
+
+# --- a whole run ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tree(tiny_config, tiny_teacher, other, tmp_path):
+    """A run whose student has the small tokenizer and whose teacher the other one."""
+    return tiny_config(
+        teacher={"model": str(other), "dtype": "float32"},
+        student={"init": "load", "layers": None, "model": str(tiny_teacher)},
+        loss=[{"name": "cross_entropy"}, {"name": "gold", "weight": 2.0}],
+        cache_dir=str(tmp_path / "cache"),
+        trainer={"steps": 4},
+        evaluation={"rows": 4},
+    )
+
+
+def test_a_run_packs_with_the_students_tokenizer_and_learns(tree, tokenizer_folder):
+    """Trained on cross-entropy and GOLD; the student is saved with its own tokenizer."""
+    config = parse_config(tree, where="test")
+    prepared = check(config)
+    assert str(config.student.model) == prepared.tokenizer.name
+    assert (None, "</s>") == (prepared.vocab_size, prepared.teacher_tokenizer.separator)
+    train(config)
+    lines = list(read_lines(config.run_dir / "metrics.jsonl"))
+    assert 4 == len(lines)
+    for line in lines:
+        parts = line["train/cross_entropy"] + 2 * line["train/gold"]
+        assert line["train/objective"] == pytest.approx(parts, rel=1e-5)
+        assert 0 < line["train/gold"]
+    assert (config.run_dir / "student" / "tokenizer.json").read_bytes() == (
+        tokenizer_folder / "tokenizer.json"
+    ).read_bytes()
+
+
+def test_held_out_losses_are_of_the_same_bytes(tree, other):
+    """The teacher's nats on its own tokens of each row, per byte, are its loss in bits per byte."""
+    config = parse_config(tree, where="test")
+    losses, _ = measure_gaps(config)
+    prepared = check(config)
+    rows = open_rows(prepared, shown=False)["math"].held_out
+    read, count = select_rows(rows, 4).open(None), select_rows(rows, 4).num_tokens
+    ids, labels = read.read(range(len(count)))
+    read.close()
+    model = load_teacher(config.teacher)
+    teacher = CrossVocabularyTeacher(model, student=prepared.tokenizer, teacher=prepared.teacher_tokenizer)
+    expected = 0.0
+    for row in range(len(ids)):
+        signal = teacher.signal({"input_ids": ids[row : row + 1], "labels": labels[row : row + 1]})
+        with torch.no_grad():
+            log_p = (signal.teacher.hidden @ signal.teacher.head.weight.T).double().log_softmax(-1)
+        nats = -log_p[torch.arange(len(signal.labels)), signal.labels]
+        spans = signal.spans.tolist()
+        inside = sum(stop - start for start, stop, _, _ in spans)
+        expected += sum(nats[a:b].sum().item() for _, _, a, b in spans) * count[row] / inside
+    where = losses.domains.index("math")
+    assert expected / count.sum() == pytest.approx(losses.teacher_loss[where], rel=1e-5)
+    bits = losses.teacher_loss * losses.num_tokens / losses.num_bytes / math.log(2)
+    assert bits.tolist() == pytest.approx(losses.teacher_bits_per_byte.tolist())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"loss": [{"name": "gold"}, {"name": "forward_kl"}]},
+            "loss forward_kl compares distributions over one vocabulary, and student",
+        ),
+        ({"loss": [{"name": "forward_kl"}]}, "have different tokenizers"),
+        ({"teachers": {"x": {"model": "y"}}, "default_teacher": "x"}, "only the one `teacher` can be used"),
+    ],
+)
+def test_what_needs_one_vocabulary_is_refused(tree, changes, message):
+    """One line, before a model is loaded."""
+    with pytest.raises((ConfigError, ModelError), match=message):
+        check(parse_config({**tree, **changes}, where="test"))
+
+
+def test_a_shared_tokenizer_is_one_vocabulary(tiny_config, tiny_teacher):
+    """GOLD between models that read alike is the generalised JSD, and other losses may stand beside it."""
+    student = {"init": "load", "layers": None, "model": str(tiny_teacher)}
+    tree = tiny_config(student=student, loss=[{"name": "gold"}, {"name": "forward_kl"}])
+    assert check(parse_config(tree, where="test")).teacher_tokenizer is None
