@@ -44,6 +44,7 @@ LAYERS = {
     "tokenizer": 4,
     "token_stream": 4,
     "index": 4,
+    "alignment": 5,
     "domains": 5,
     "pack": 6,
     "teachers": 6,
@@ -82,6 +83,7 @@ LAYERS = {
     "logits_store": 15,
     "distillation": 17,
     "truncation": 18,
+    "cross_vocabulary": 18,
     "evaluator": 18,
     "recording": 19,
     # for loops that are not ours
