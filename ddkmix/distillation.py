@@ -110,12 +110,13 @@ class DistillationModel(nn.Module):
         weight = weight.expand(len(targets))
         states, head = hidden[:, :-1][where], head_of(self.student, self._vocab_size, check=False)
 
-        def objective(states: Tensor, targets: Tensor, weight: Tensor, said: Signal | None) -> Any:
+        def objective(own: Any, said: Signal | None) -> tuple[Tensor, Tensor]:
+            """Of some tokens."""
             return distillation_objective(
-                states,
+                states[own],
                 head,
-                targets,
-                weight,
+                targets[own],
+                weight[own],
                 terms,
                 signal=said,
                 chunk_tokens=self._chunk_tokens,
@@ -123,15 +124,12 @@ class DistillationModel(nn.Module):
             )
 
         if not isinstance(signal, RoutedSignal):
-            return objective(states, targets, weight, None if signal is None else _said(signal, where))
-        total = states.new_zeros((), dtype=torch.float32)
-        values = states.new_zeros((len(terms), len(targets)), dtype=torch.float32)
+            return objective(slice(None), None if signal is None else _said(signal, where))
         row_of = where.nonzero()[:, 0]
-        for rows, said in zip(signal.rows, signal.signals, strict=True):
-            own = torch.isin(row_of, rows)
-            part, values[:, own] = objective(states[own], targets[own], weight[own], _said(said, where[rows]))
-            total = total + part
-        return total, values
+        own = [torch.isin(row_of, rows).nonzero()[:, 0] for rows in signal.rows]
+        said = [_said(part, where[rows]) for rows, part in zip(signal.rows, signal.signals, strict=True)]
+        totals, values = zip(*map(objective, own, said), strict=True)
+        return sum(totals[1:], totals[0]), torch.cat(values, dim=1)[:, torch.cat(own).argsort()]
 
 
 def _said(signal: Signal, where: Tensor) -> Signal:

@@ -75,7 +75,7 @@ def check(config: RunConfig) -> Prepared:
         check_separator(tokenizer)
     _check_local_rows(config, domains, tokenizer)
     teachers = find_teachers(config, domains)
-    _check_signal(config, terms, teachers)
+    _check_signal(config, terms)
     student = _student_config(config, teacher)
     _check_matching(config, terms, teachers, student)
     _check_student_tokenizer(config, tokenizer)
@@ -116,14 +116,9 @@ def _try_policy(policy: WeightPolicy, domains: tuple[str, ...]) -> None:
     next_state(policy, state, dummy_losses(domains), uniform)
 
 
-def _check_signal(config: RunConfig, terms: Sequence[LossTerm], teachers: Teachers) -> None:
-    """Losses fit the kind of signal, and a store is of one model."""
+def _check_signal(config: RunConfig, terms: Sequence[LossTerm]) -> None:
+    """The losses are defined for the kind of signal that there will be."""
     live, kept = config.signal.source == "live", config.capture.keep
-    if not live and list(teachers.members.items()) != [(DEFAULT, {DEFAULT: 1.0})]:
-        raise ConfigError(
-            f"signal.source = 'store' and the teachers in use are {sorted(teachers.members)}; a store keeps what "
-            "the model under `teacher` says. Let it teach all domains, or set signal.source to live."
-        )
     if live or kept == "hidden":
         kinds = ["dense"]
     else:

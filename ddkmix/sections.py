@@ -127,8 +127,8 @@ class Signal(Section):
     """Where the trainer takes the teacher's signal from."""
 
     source: Literal["live", "store"] = "live"
-    """`live`: the teacher reads every batch. `store`: what `ddkmix capture` has kept of it (see `capture`); the
-    teacher is loaded only to measure held-out rows that it was not measured on before."""
+    """`live`: the teacher reads every batch. `store`: what `ddkmix capture` has kept of it (see `capture`);
+    the teacher is loaded only to measure held-out rows that it was not measured on before."""
     tail: Literal["bucket", "renormalize", "drop"] = "bucket"
     """What becomes of the mass outside the kept classes: one class more, on both sides; nothing, the kept
     classes scaled up to 1; or nothing at all. The last two are biased: see `ddkmix.batch.TruncatedSignal`."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ddkmix.batch import DenseSignal, EnsembleSignal, RoutedSignal, Signal
 from ddkmix.boundaries import check_isolation, document_positions
+from ddkmix.losses.reference import logits_of
 from ddkmix.matching import Layers
 from ddkmix.models import head_of, hidden_states
 
@@ -63,11 +64,11 @@ class EnsembleTeacher:
 
     def __init__(self, members: Sequence[LiveTeacher], weights: Sequence[float]) -> None:
         """`weights` sum to 1."""
-        self._members, self._weights = tuple(members), tuple(weights)
+        self.members, self._weights = tuple(members), tuple(weights)
 
     def signal(self, batch: Mapping[str, Tensor]) -> EnsembleSignal:
         """What the models say together; each of them reads all rows."""
-        said = tuple(member.signal(batch) for member in self._members)
+        said = tuple(member.signal(batch) for member in self.members)
         return EnsembleSignal(members=said, weights=self._weights)
 
 
@@ -105,15 +106,19 @@ def label_nats(
     nats = torch.zeros(len(labels), device=labels.device)
     for start in range(0, len(labels), chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        nats[part] = nn.functional.cross_entropy(_logits(signal.at(part)), labels[part], reduction="none")
+        nats[part] = nn.functional.cross_entropy(
+            dense_logits(signal.at(part)), labels[part], reduction="none"
+        )
     return nats
 
 
-def _logits(signal: DenseSignal | EnsembleSignal) -> Float[Tensor, "n V"]:
-    if isinstance(signal, EnsembleSignal):
-        shares = zip(signal.members, signal.weights, strict=True)
-        return torch.stack([share * _logits(member).log_softmax(-1) for member, share in shares]).sum(0)
-    head, size = signal.head, signal.head.vocab_size
-    bias = None if head.bias is None else head.bias[:size]
-    weight = head.weight[:size].to(signal.hidden.dtype)
-    return head.finish(nn.functional.linear(signal.hidden, weight, bias).float())
+def dense_logits(signal: DenseSignal | EnsembleSignal) -> Float[Tensor, "n V"]:
+    """Logits of one model, or those of an ensemble: sum_k weight_k log p_k, which lacks only log Z."""
+    if isinstance(signal, DenseSignal):
+        return logits_of(signal.hidden, signal.head)
+    device, shares = signal.members[0].hidden.device, zip(signal.members, signal.weights, strict=True)
+    logits: Float[Tensor, "n V"] = sum(
+        (share * dense_logits(member).log_softmax(-1) for member, share in shares),
+        torch.zeros((), device=device),
+    )
+    return logits

@@ -1,4 +1,4 @@
-"""From the teachers that a checked config names, or what was captured of them, to signals and held-out losses."""
+"""From the teachers that a checked config names, live or captured, to signals and held-out losses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from ddkmix.logits_store.reader import LogitsStore
 from ddkmix.matching import hidden_match_of
 from ddkmix.models import load_teacher
 from ddkmix.preflight import Prepared
-from ddkmix.prepare import store_card, stores_folder
+from ddkmix.prepare import store_cards, stores_folder
 from ddkmix.stored_teacher import StoredTeacher
 from ddkmix.teacher import DomainTeachers, EnsembleTeacher, LiveTeacher, SignalSource, label_nats
 
@@ -47,7 +47,7 @@ def open_teaching(
         domains: in the order of `domain_ids`.
 
     Raises:
-        DataError: the store does not fit the run, is damaged, or lacks shards that nobody else comments on.
+        DataError: the store does not fit the run, is damaged, or lacks shards.
         ModelError: a model cannot be used as asked.
     """
     if prepared.config.signal.source == "live":
@@ -73,17 +73,17 @@ def open_store(prepared: Prepared, rows: Mapping[str, DomainRows]) -> LogitsStor
     """The logits store of a config's teacher, tokenizer and rows.
 
     Raises:
-        DataError: there is none, it is of something else, or it lacks shards and `signal.missing` is `error`.
+        DataError: there is none, it is of something else, or it lacks shards that `signal.missing` wants.
     """
     config = prepared.config
-    store = LogitsStore.open(stores_folder(config), store_card(prepared), rows, tail=config.signal.tail)
+    store = LogitsStore.open(stores_folder(config), store_cards(prepared), rows, tail=config.signal.tail)
     if config.signal.missing == "error" and (missing := store.missing()):
         counts = ", ".join(
             f"{count} of {len(rows[name].shards)} in {name}" for name, count in missing.items()
         )
         raise DataError(
-            f"the logits store {store.folder} lacks shards: {counts}. Run `ddkmix capture` with this config, or "
-            "set signal.missing to live."
+            f"the logits store in {stores_folder(config)} lacks shards: {counts}. Run `ddkmix capture` with "
+            "this config, or set signal.missing to live."
         )
     return store
 

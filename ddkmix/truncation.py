@@ -17,10 +17,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ddkmix.batch import DenseSignal, Head, TruncatedSignal
+from ddkmix.batch import DenseSignal, EnsembleSignal, Head, TruncatedSignal
 from ddkmix.errors import NumericsError
 from ddkmix.fingerprint import hash_json
 from ddkmix.logits_store.card import Kept
+from ddkmix.teacher import dense_logits
 
 _BLOCK = 64
 _PROJECTED_TOKENS = 256
@@ -42,8 +43,8 @@ def seeded_uniforms(content: object, num_tokens: int, draws: int) -> Float[np.nd
     return ((bits >> np.uint64(11)) * 2.0**-53).reshape(num_tokens, draws)
 
 
-def truncate_dense(
-    said: DenseSignal,
+def truncate_said(
+    said: DenseSignal | EnsembleSignal,
     labels: Int[Tensor, " n"],
     kept: Kept,
     temperatures: Sequence[float] = (),
@@ -51,21 +52,24 @@ def truncate_dense(
     uniforms: Float[Tensor, "n N"] | None = None,
     name: Callable[[int], str] = lambda i: f"token {i}",
 ) -> TruncatedSignal:
-    """What is kept of n tokens, from the teacher's hidden states; see `truncate` for the arguments.
+    """What is kept of n tokens about which a teacher, or several, said this; see `truncate`.
 
     Logits of at most 256 tokens exist at one time.
     """
     parts = []
     for start in range(0, max(len(labels), 1), _PROJECTED_TOKENS):
         part = slice(start, start + _PROJECTED_TOKENS)
-        raw = project(said.hidden[part], said.head)
+        if isinstance(said, DenseSignal):
+            raw, head = _project(said.at(part)), said.head
+        else:
+            raw, head = dense_logits(said.at(part)), None
         parts.append(
             truncate(
                 raw,
                 labels[part],
                 kept,
                 temperatures,
-                head=said.head,
+                head=head,
                 uniforms=None if uniforms is None else uniforms[part],
                 name=lambda i, start=start: name(start + i),  # type: ignore[misc]
             )
@@ -73,11 +77,11 @@ def truncate_dense(
     return _joined(parts)
 
 
-def project(hidden: Float[Tensor, "n D"], head: Head) -> Float[Tensor, "n V"]:
-    """h W^T + b, in the type of the weights, before the head's scale and soft cap."""
-    bias = None if head.bias is None else head.bias[: head.vocab_size]
-    weight = head.weight[: head.vocab_size]
-    return torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+def _project(said: DenseSignal) -> Float[Tensor, "n V"]:
+    """h W^T + b in the type of h, before scale and soft cap: `dense_logits` would make a float32 copy."""
+    head, size = said.head, said.head.vocab_size
+    bias = None if head.bias is None else head.bias[:size]
+    return torch.nn.functional.linear(said.hidden, head.weight[:size].to(said.hidden.dtype), bias)
 
 
 @torch.no_grad()

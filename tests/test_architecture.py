@@ -80,8 +80,8 @@ LAYERS = {
     "teacher": 17,
     "stored_teacher": 18,
     "logits_store": 15,
-    "truncation": 16,
     "distillation": 17,
+    "truncation": 18,
     "evaluator": 18,
     # for loops that are not ours
     "own_held_out": 19,
@@ -98,11 +98,13 @@ LAYERS = {
     "teaching": 23,
     "trainer": 23,
     "setup": 24,
-    "report": 24,
-    "options": 24,
-    "cli": 25,
-    "__init__": 25,
-    "__main__": 26,
+    "capture": 24,
+    "verifying": 25,
+    "report": 26,
+    "options": 26,
+    "cli": 27,
+    "__init__": 27,
+    "__main__": 28,
 }
 SIBLINGS: set[tuple[str, str]] = set()
 """(importer, imported) of one layer."""

@@ -6,7 +6,7 @@ an order, a seed or a number of ranks may change without a record being captured
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,11 @@ class StoreCard:
     """Everything that records depend on, but the rows."""
 
     teacher: str
-    """Folder or Hub id; only for people to read."""
-    revision: str | None
-    """Hub revision; likewise."""
+    """Its name in the config; only for people to read."""
+    members: tuple[Mapping[str, Any], ...]
+    """Folder or Hub id, revision, type and share of each of its models; likewise."""
     model: str
-    """Fingerprint of the teacher's config and parameters."""
-    dtype: str
-    """What the teacher computes in."""
+    """Fingerprint of config and parameters, types and shares of these."""
     tokenizer: str
     """Fingerprint of the tokenizer."""
     vocab_size: int | None
@@ -80,7 +78,7 @@ class StoreCard:
     def identity(self) -> dict[str, Any]:
         """What must be equal; JSON-able."""
         tree = asdict(self)
-        del tree["teacher"], tree["revision"]
+        del tree["teacher"], tree["members"]
         return {**tree, "temperatures": list(self.temperatures)}
 
     @property
@@ -93,7 +91,7 @@ class StoreCard:
         return not self.differences(wanted)
 
     def differences(self, wanted: "StoreCard") -> list[str]:
-        """What keeps records of this card from serving another one: `dtype float32 (wanted: bfloat16)`."""
+        """What keeps records of this card from serving another one: `k 50 (wanted: 100)`."""
         found = []
         own, other = self.identity, wanted.identity
         own_kept, other_kept = own.pop("kept"), other.pop("kept")
@@ -156,6 +154,7 @@ def read_card(folder: Path) -> tuple[StoreCard, int]:
         if not isinstance(num_classes, int):
             raise TypeError("num_classes")
         tree["kept"] = Kept(**tree["kept"])
+        tree["members"] = tuple(tree["members"])
         tree["temperatures"] = tuple(float(value) for value in tree["temperatures"])
         return StoreCard(**tree), num_classes
     except OSError as error:
@@ -175,21 +174,31 @@ def find_store(folder: Path, wanted: StoreCard) -> Path:
     Raises:
         DataError: there is none; the message says what the nearest one differs in.
     """
-    if (folder / wanted.key / STORE).exists():
-        return folder / wanted.key
-    nearest: tuple[int, Path, list[str]] | None = None
-    for path in _stores(folder):
-        differences = read_card(path)[0].differences(wanted)
-        if not differences:
-            return path
-        if nearest is None or len(differences) < nearest[0]:
-            nearest = len(differences), path, differences
-    if nearest is None:
+    if (found := serving_store(folder, wanted)) is not None:
+        return found
+    others = {path: read_card(path)[0].differences(wanted) for path in _stores(folder)}
+    if not others:
         raise DataError(f"{folder} holds no logits store; make one with `ddkmix capture CONFIG`.")
+    nearest = min(others, key=lambda path: len(others[path]))
     raise DataError(
-        f"no logits store in {folder} fits this run; the nearest, {nearest[1].name}, has "
-        f"{', '.join(nearest[2])}. Capture again with `ddkmix capture CONFIG`, or change the config."
+        f"no logits store in {folder} fits this run; the nearest, {nearest.name}, has "
+        f"{', '.join(others[nearest])}. Capture again with `ddkmix capture CONFIG`, or change the config."
     )
+
+
+def serving_store(folder: Path, wanted: StoreCard) -> Path | None:
+    """The store in a folder of stores that serves a run, if there is one.
+
+    Args:
+        folder: of stores, or of one.
+        wanted: what the run asks for.
+
+    Raises:
+        DataError: a store.json is damaged.
+    """
+    if (folder / wanted.key / STORE).exists() and read_card(folder / wanted.key)[0].serves(wanted):
+        return folder / wanted.key
+    return next((path for path in _stores(folder) if read_card(path)[0].serves(wanted)), None)
 
 
 def _stores(folder: Path) -> Sequence[Path]:

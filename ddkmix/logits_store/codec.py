@@ -20,6 +20,7 @@ by none.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +71,8 @@ class TokenColumns:
     entropy: Float[np.ndarray, " n"]
     outside: Float[np.ndarray, " n"]
     """1 - the mass of the entries that stand for themselves."""
-    log_z: Float[np.ndarray, "temperatures n"]
+    log_z: Mapping[float, Float[np.ndarray, " n"]]
+    """For each temperature."""
     ids: Int[np.ndarray, " E"]
     log_probs: Float[np.ndarray, " E"]
     draws: Int[np.ndarray, " D"]
@@ -87,7 +89,8 @@ def encode(columns: TokenColumns, layout: RecordFormat) -> bytes:
     parts.append(encode_between(columns.entropy, math.log(layout.num_classes)).tobytes())
     if kept.has_exact:
         parts.append(encode_mass(columns.outside).tobytes())
-    for temperature, values in zip(layout.temperatures, columns.log_z, strict=True):
+    for temperature in layout.temperatures:
+        values = columns.log_z[temperature]
         parts.append(encode_between(values, log_z_range(temperature, layout.num_classes)).tobytes())
     parts.append((columns.ids & 0xFFFF).astype("<u2").tobytes())
     if layout.id_bytes == 3:
@@ -113,9 +116,10 @@ def decode(data: bytes | memoryview, num_tokens: int, layout: RecordFormat) -> T
     teacher_nats = take.array("<f2", n).astype(np.float32)
     entropy = decode_between(take.array("<u1", 2 * n), math.log(layout.num_classes))
     outside = decode_mass(take.array("<u1", 2 * n)) if kept.has_exact else np.ones(n)
-    log_z = np.zeros((len(layout.temperatures), n), dtype=np.float32)
-    for i, temperature in enumerate(layout.temperatures):
-        log_z[i] = decode_between(take.array("<u1", 2 * n), log_z_range(temperature, layout.num_classes))
+    log_z = {
+        temperature: decode_between(take.array("<u1", 2 * n), log_z_range(temperature, layout.num_classes))
+        for temperature in layout.temperatures
+    }
     num_entries, num_drawn = int(counts.sum() + drawn_counts.sum()), int(drawn_counts.sum())
     ids = take.array("<u2", num_entries).astype(np.int64)
     if layout.id_bytes == 3:

@@ -184,6 +184,13 @@ class SidecarWriter:
         """Rows whose records are there."""
         return len(self._entries)
 
+    def records(self) -> Iterator[bytes]:
+        """The records that are there, from the first row on."""
+        at = HEADER_BYTES
+        for entry in list(self._entries):
+            yield os.pread(self._record_file, entry.size, at)
+            at += entry.size
+
     def append(self, record: bytes) -> None:
         """Add the next row's record; it survives the process when this returns.
 

@@ -158,8 +158,8 @@ def check_terms(terms: Sequence[LossTerm], kind: str) -> None:
         by_adapt = kind in accepts and adapt != "fixed"
         what = f" with adapt: {adapt}" if by_adapt else ""
         raise ConfigError(
-            f"loss.{i} ({term.name}){what} is not defined for a teacher signal of the kind {kind!r}, only for "
-            f"{', '.join(sorted(kinds))}; {_way_out(kind, kinds, by_adapt=by_adapt)}"
+            f"loss.{i} ({term.name}){what} is not defined for a teacher signal of the kind {kind!r}, only "
+            f"for {', '.join(sorted(kinds))}; {_way_out(kind, kinds, by_adapt=by_adapt)}"
         )
 
 

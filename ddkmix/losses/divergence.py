@@ -19,7 +19,8 @@ NEEDS_ALL_LOGITS = frozenset({"norm_kd", "adakd_sd", "adakd_h"})
 
 
 def kinds_of(adapt: Adapt, accepts: frozenset[str]) -> frozenset[str]:
-    """What is left of the kinds of signals that a divergence accepts, with this way to choose temperatures."""
+    """What is left of the kinds of signals that a divergence accepts, with this way to choose
+    temperatures."""
     return accepts & {"dense"} if adapt in NEEDS_ALL_LOGITS else accepts
 
 
@@ -35,10 +36,11 @@ class Divergence:
     """Multiply value and gradient by temperature**2 (`both`), without which the gradient would shrink
     with it (Hinton et al. 2015, arXiv 1503.02531). Has no effect with `teacher`."""
     adapt: Adapt = "fixed"
-    """How `temperature` becomes that of a token. `fixed`: it is. `norm_kd`: times the standard deviation of the
-    logits (arXiv 2308.00520). `wttm`: it is, and the token's loss is weighted with sum_v p**(1/temperature)
-    (arXiv 2402.11148). `adakd_sd`, `adakd_h`: between 1 and `temperature`, by the standard deviation or the
-    entropy of p (reconstructed: arXiv 2410.16215 has no formula that could be read)."""
+    """How `temperature` becomes that of a token. `fixed`: it is. `norm_kd`: times the standard deviation of
+    the logits (arXiv 2308.00520). `wttm`: it is, and the token's loss is weighted with sum_v
+    p**(1/temperature) (arXiv 2402.11148). `adakd_sd`, `adakd_h`: between 1 and `temperature`, by the
+    standard deviation or the entropy of p (reconstructed: arXiv 2410.16215 has no formula that could be
+    read)."""
     scale_power: ClassVar[int] = 2
     """Power of the temperature with which the divergence and its gradient fall."""
     needs_teacher: ClassVar[bool] = True

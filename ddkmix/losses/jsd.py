@@ -32,7 +32,8 @@ class JSD(Divergence):
     """
 
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Weight of the teacher in the mixture, and of its KL in the sum. For 0 and 1 use forward_kl, reverse_kl."""
+    """Weight of the teacher in the mixture, and of its KL in the sum. For 0 and 1 use forward_kl,
+    reverse_kl."""
     normalize: bool = False
     """Divide by beta (1 - beta), so that different beta are of one scale. False is the published form."""
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "bucket", "renormalize"})

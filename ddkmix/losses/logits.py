@@ -26,10 +26,10 @@ def compute_type(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-def blocks(tokens: int, classes: int, device: torch.device) -> Iterator[slice]:
-    """Rows of a chunk that losses look at together."""
+def blocks(tokens: int, classes: int, device: torch.device, multiple: int = 1) -> Iterator[slice]:
+    """Rows of a chunk that losses look at together: a multiple of `multiple`, but for the last."""
     elements = _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS_ELSEWHERE)
-    rows = max(1, elements // classes)
+    rows = max(1, elements // classes // multiple) * multiple
     return (slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows))
 
 

@@ -10,15 +10,16 @@ __all__ = ["MSE"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MSE(Divergence):
-    """Squared error, the MSE of pre-training distillation (arXiv 2410.16215, Table 5: 7.6 % below no teacher).
+    """Squared error, the MSE of pre-training distillation (arXiv 2410.16215, Table 5: 7.6 % below no
+    teacher).
 
         probabilities:  MSE[i] = sum_v (p(v) - q(v))**2
         logits:         MSE[i] = 1/V sum_v ((y(v) - mean(y)) - (z(v) - mean(z)))**2
         y = teacher_logits / temperature, p = softmax(y); z = student_logits / temperature, q = softmax(z)
 
-    That paper does not say which of the two it means. Its Eq. 3 compares q with F(p), which is a distribution,
-    so `probabilities` is the default. Papers on images compare logits (Kim et al. 2021, arXiv 2105.08919);
-    a softmax does not know their mean, so it is taken off both first. Squares, not nats.
+    That paper does not say which of the two it means. Its Eq. 3 compares q with F(p), which is a
+    distribution, so `probabilities` is the default. Papers on images compare logits (Kim et al. 2021, arXiv
+    2105.08919); a softmax does not know their mean, so it is taken off both first. Squares, not nats.
 
     A teacher with p = (3/4, 1/4) and an undecided student: 2 (1/4)**2.
 
@@ -33,7 +34,7 @@ class MSE(Divergence):
     of: Literal["probabilities", "logits"] = "probabilities"
     """What is compared. `logits` needs all of the teacher's."""
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "bucket", "renormalize"})
-    """It is not linear in p, so random draws would not estimate it without bias."""
+    """Random draws would add their variance to its value, though not to its expected gradient."""
 
     @property
     def kinds(self) -> frozenset[str]:

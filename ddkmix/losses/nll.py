@@ -10,13 +10,14 @@ __all__ = ["NLL"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NLL(ForwardKL):
-    """Negative log-likelihood under the teacher, the NLL of pre-training distillation (arXiv 2410.16215, Eq. 3).
+    """Negative log-likelihood under the teacher, the NLL of pre-training distillation (arXiv 2410.16215,
+    Eq. 3).
 
         NLL[i] = temperature**2 * -sum_v p_i(v) log q_i(v) = ForwardKL[i] + temperature**2 * H(p_i)
         p = softmax(teacher_logits / temperature),  q = softmax(student_logits / temperature)
 
-    Its gradient is that of forward KL; its value is not 0 for a perfect student but the teacher's entropy. The
-    paper tempers and renormalises the teacher; whether the student is tempered it does not say
+    Its gradient is that of forward KL; its value is not 0 for a perfect student but the teacher's entropy.
+    The paper tempers and renormalises the teacher; whether the student is tempered it does not say
     (`temperature_on`).
 
     Any teacher of an undecided student costs ln 2.

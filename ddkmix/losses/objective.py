@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddkmix.batch import DenseSignal, EnsembleSignal, Head, Signal, TruncatedSignal
 from ddkmix.errors import ConfigError, ModelError, NumericsError
-from ddkmix.losses import LossTerm
+from ddkmix.losses import LossTerm, check_terms, token_multiple
 from ddkmix.losses.chunked import ChunkedObjective
 from ddkmix.losses.classes import kind_of
 from ddkmix.losses.hidden_match import HiddenMatch
@@ -57,7 +57,8 @@ def distillation_objective(
         impl: `chunked` (never holds a tokens x vocabulary tensor), `reference` (whole logits and autograd,
             the same to rounding), or `liger` (liger-kernel's chunked loss, where that computes the same; its
             values are means over the tokens).
-        chunk_tokens: tokens whose logits exist at one time; None: as many as `memory_mb` holds.
+        chunk_tokens: tokens whose logits exist at one time; None: as many as `memory_mb` holds. Raised to a
+            multiple of what a loss over groups of tokens needs (`token_multiple`).
         memory_mb: megabytes for logits where `chunk_tokens` is None; 64 tokens are the least.
 
     Raises:
@@ -77,6 +78,8 @@ def distillation_objective(
             objective, values = liger_objective(hidden, head, labels, token_weight, terms, signal)
         else:
             size = chunk_tokens or tokens_within(memory_mb, hidden, head, signal)
+            multiple = token_multiple(terms)
+            size = -(-size // multiple) * multiple
             objective, values = ChunkedObjective.apply(  # type: ignore[no-untyped-call]
                 hidden, head.weight, head.bias, head, labels, token_weight, tuple(terms), signal, size
             )
@@ -134,12 +137,8 @@ def _check(
                 f"loss {term.name} compares hidden states of other layers, which are not here; give them to "
                 "ddkmix.matching.Matching and add its values."
             )
-        accepted = getattr(term.loss, "accepts", {"dense"})
-        if term.loss.needs_teacher and signal is not None and kind not in accepted:
-            raise ConfigError(
-                f"loss {term.name} is not defined for the teacher's signal, which is {kind!r}; "
-                f"it accepts {', '.join(sorted(accepted))}."
-            )
+    if signal is not None:
+        check_terms(terms, kind)
     members = signal.members if isinstance(signal, EnsembleSignal) else (signal,)
     for member in members:
         if isinstance(member, DenseSignal) and _classes(member.head) != _classes(head):
@@ -165,6 +164,6 @@ def _accuse_the_teacher(signal: Signal, tokens: Int[Tensor, " m"]) -> None:
         if nan or infinite:
             raise NumericsError(
                 f"the teacher's {name} hold {'NaN' if nan else '+inf'} at predicted token {token} of the "
-                f"batch ({len(tokens)} tokens have a loss that is not finite); only -inf, an excluded class, is "
-                "allowed. Use a wider teacher.dtype, or mend the checkpoint or the store."
+                f"batch ({len(tokens)} losses are not finite); only -inf, an excluded class, is allowed. "
+                "Use a wider teacher.dtype, or mend the checkpoint or the store."
             )

@@ -16,11 +16,12 @@ class Ranking:
         U = top-k of the teacher and top-k of the student, m = |U|, r the soft ranks of Blondel et al. 2020
         (arXiv 2002.08871), rho Spearman's correlation
 
-    Published: U, Spearman, soft ranks, k = 15 in pre-training and 5 later. Not seen there: which form of Spearman's
-    coefficient (they agree for true ranks; this one is 0 for equal ranks, soft or not) and how soft the ranks are.
-    The paper ranks probabilities. Ranks are the same for any increasing function of them, soft ranks are not:
-    those of probabilities, which all lie in [0, 1], are hardly ever a rank apart. So logits are ranked here, unless
-    `of` says otherwise. Where all gaps exceed `strength` the gradient is 0. In [0, 2], not nats.
+    Published: U, Spearman, soft ranks, k = 15 in pre-training and 5 later. Not seen there: which form of
+    Spearman's coefficient (they agree for true ranks; this one is 0 for equal ranks, soft or not) and how
+    soft the ranks are. The paper ranks probabilities. Ranks are the same for any increasing function of
+    them, soft ranks are not: those of probabilities, which all lie in [0, 1], are hardly ever a rank apart.
+    So logits are ranked here, unless `of` says otherwise. Where all gaps exceed `strength` the gradient is
+    0. In [0, 2], not nats.
 
     Ranks (1, 2, 3) for the teacher and (3, 2, 1) for the student: 6 (4 + 0 + 4) / (3 x 8).
 

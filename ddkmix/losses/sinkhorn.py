@@ -1,4 +1,5 @@
-"""Sinkhorn distance between groups of tokens: optimal transport of the student's predictions to the teacher's."""
+"""Sinkhorn distance between groups of tokens: optimal transport of the student's predictions to the
+teacher's."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -16,18 +17,18 @@ class Sinkhorn:
         P = K, rows and then columns divided by their sums, `iterations` times;  SINK[i] = sum_j P_ij D_ij
         i, j tokens of one group of `group_tokens`; p teacher, q student, both at `temperature`
 
-    The sum over a group is the authors' loss of a batch. They use it beside cross-entropy and KL, with weights
-    of 0.0008 and 0.001 on that sum (their class default and language-model script). The gradient runs through
-    the plan P as in their code, and no factor temperature**2 is applied. It is not 0 for a perfect student:
-    the plan is blurred by epsilon. In [0, 2], not nats.
+    The sum over a group is the authors' loss of a batch. They use it beside cross-entropy and KL, with a
+    weight of 0.0008 on that sum in their language-model scripts; per token that is 0.0008 x their batch.
+    The gradient runs through the plan P as in their code, and no factor temperature**2 is applied. It is not
+    0 for a perfect student: the plan is blurred by epsilon. Not nats: at most 2 a token on average.
 
-    Groups are consecutive tokens from the first of a call, so a call must be given whole groups but for the last:
-    `token_multiple` says of what its length has to be a multiple, and the chunked kernel keeps to it. What falls
-    into a group still depends on the micro-batch, as for every loss over a batch.
+    Groups are consecutive tokens from the first of a call, so a call must be given whole groups but for the
+    last: `token_multiple` says of what its length has to be a multiple, and the chunked kernel keeps to it.
+    What falls into a group still depends on the micro-batch, as for every loss over a batch.
 
-    Costs tokens x group_tokens x V (2 to 3 times an output layer of 576 hidden units at 64 tokens a group); with
-    `top_k`, or a truncated signal, tokens x group_tokens x K: each D_ij is then taken over the classes of teacher
-    token j and one for all others, which never exceeds the full distance.
+    Costs tokens x group_tokens x V (2 to 3 times an output layer of 576 hidden units at 64 tokens a group);
+    with `top_k`, or a truncated signal, tokens x group_tokens x K: each D_ij is then taken over the classes
+    of teacher token j and one for all others, which never exceeds the full distance.
 
     One token is a group without choice: its L1 distance, here 1/4 + 1/4.
 
@@ -73,7 +74,7 @@ class Sinkhorn:
             labels: not looked at.
 
         Returns:
-            (n,) float32, in [0, 2].
+            (n,) float32; a group's mean is in [0, 2].
         """
         import torch
 

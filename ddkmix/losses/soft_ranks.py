@@ -1,9 +1,11 @@
-"""Ranks that can be differentiated: projection onto the permutahedron (Blondel et al. 2020, arXiv 2002.08871).
+"""Ranks that can be differentiated: projection onto the permutahedron (Blondel et al. 2020, arXiv
+2002.08871).
 
 The ranks of m numbers are the corner of the polytope spanned by all permutations of (1, ..., m) that is best
-aligned with them; the point of it that is nearest to values / strength is a soft version. It is found by sorting
-and one isotonic regression. The authors' library is not on PyPI, and a loop over tokens would be slow; for the
-few dozen classes that are ranked here, the min-max formula gives the exact solution without a loop.
+aligned with them; the point of it that is nearest to values / strength is a soft version. It is found by
+sorting and one isotonic regression. The authors' library is not on PyPI, and a loop over tokens would be
+slow; for the few dozen classes that are ranked here, the min-max formula gives the exact solution without a
+loop.
 """
 
 import torch

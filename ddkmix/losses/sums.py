@@ -1,7 +1,7 @@
 """Sums over classes that stay finite, and exact where student and teacher agree.
 
--inf marks a class that is not there. It adds nothing to any sum here, to its value or to its gradient; left to
-itself, 0 x inf would make both nan.
+-inf marks a class that is not there. It adds nothing to any sum here, to its value or to its gradient; left
+to itself, 0 x inf would make both nan.
 """
 
 import math
@@ -22,8 +22,9 @@ def present(log_probs: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
 def log_mixed(share: float, difference: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
     """log(1 - share + share e^difference): a mixture's log-probability above that of its other part.
 
-    With difference = log b - log a it is log(((1 - share) a + share b) / a). Never overflows, and is exactly 0
-    where the difference is, so that a divergence from a mixture is exactly 0 for equal distributions.
+    With difference = log b - log a it is log(((1 - share) a + share b) / a). Never overflows, and is
+    exactly 0 where the difference is, so that a divergence from a mixture is exactly 0 for equal
+    distributions.
 
     Args:
         share: weight of b, in (0, 1).

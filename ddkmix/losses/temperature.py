@@ -2,12 +2,12 @@
 
 What is published and what is not:
 
-- `norm_kd` (Chi et al. 2023, arXiv 2308.00520; the authors' code): tau = temperature x standard deviation of the
-  logits over the vocabulary (dividing by V - 1), each side its own, and the loss times the teacher's tau**2. Their
-  gradient runs through the student's standard deviation, so ours does.
+- `norm_kd` (Chi et al. 2023, arXiv 2308.00520; the authors' code): tau = temperature x standard deviation of
+  the logits over the vocabulary (dividing by V - 1), each side its own, and the loss times the teacher's
+  tau**2. Their gradient runs through the student's standard deviation, so ours does.
 - `wttm` (Zheng and Yang 2024, arXiv 2402.11148): p tempered, q not, and the loss of a token times
-  sum_v p(v)**gamma, gamma = 1 / temperature. That weight is 1 for a certain teacher and V**(1 - gamma) for one that
-  knows nothing: 221 at temperature 2 and 49,152 classes.
+  sum_v p(v)**gamma, gamma = 1 / temperature. That weight is 1 for a certain teacher and V**(1 - gamma) for
+  one that knows nothing: 221 at temperature 2 and 49,152 classes.
 - `adakd_sd`, `adakd_h`: two of the rows of Table 3 of pre-training distillation (arXiv 2410.16215; +1.2 % and
   +2.8 %, no better than a good fixed temperature). Their formulas could not be found, so these are OUR
   RECONSTRUCTION of "a temperature from the teacher's standard deviation, or entropy":

@@ -356,9 +356,9 @@ def test_an_ensemble_is_the_geometric_mean_of_its_members(temperature):
     case["signal"] = EnsembleSignal(members=members, weights=weights)
     objective, values = distillation_objective(**case, chunk_tokens=3)
     objective.backward()
-    torch.testing.assert_close(expected.detach().float(), values[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(expected.detach(), values[0], rtol=1e-9, atol=1e-12)
     for gradient, leaf in zip(truth, (case["hidden"], case["head"].weight), strict=True):
-        torch.testing.assert_close(gradient, leaf.grad, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient, leaf.grad, rtol=1e-9, atol=1e-12)
 
 
 # --- what is allocated ------------------------------------------------------------------------------
