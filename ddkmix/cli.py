@@ -165,21 +165,21 @@ def train(
         raise ConfigError("--allow-changes is for --resume; a new run has nothing to differ from.")
     run = _load(config, overrides)
     from ddkmix.options import quiet_libraries
-
-    quiet_libraries()
+    from ddkmix.report.gaps import print_gaps
     from ddkmix.setup import train as train_run
 
+    quiet_libraries()
     seen: dict[int, dict[str, float]] = {}
 
     def note(step: int, losses: Any, weights: dict[str, float]) -> None:
         if not seen and step == 0:
-            _print_gaps(step, losses, weights)
+            print_gaps(step, losses, weights)
         seen[step] = weights
 
     losses = train_run(run, resume=resume, allow_changes=allow_changes, on_losses=note)
     if seen:  # only the main rank is told
         step, weights = seen.popitem()
-        _print_gaps(step, losses, weights)
+        print_gaps(step, losses, weights)
         print(f"student: {run.run_dir / 'student'}    history: ddkmix show {run.run_dir}")
 
 
@@ -198,13 +198,12 @@ def capture(
     style: FormatOption = "table",
 ) -> None:
     """Write what the teacher says about all train rows into the logits store."""
+    from ddkmix.options import quiet_libraries
     from ddkmix.pack import parse_part
 
     _check_format(style)
     share = parse_part(part) if part is not None else None
     run = _load(config, overrides)
-    from ddkmix.options import quiet_libraries
-
     quiet_libraries()
     from ddkmix.report.captured import render_captured, render_verified
 
@@ -304,12 +303,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         error.show() if hasattr(error, "show") else print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-
-
-def _print_gaps(step: int, losses: Any, weights: dict[str, float]) -> None:
-    from ddkmix.report.gaps import render_gaps
-
-    print(render_gaps(losses, weights, "table", title=f"step {step:,}", weights_title="weight"), flush=True)
 
 
 def _load(config: Path, overrides: Sequence[str] | None) -> Any:

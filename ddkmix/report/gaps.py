@@ -100,3 +100,9 @@ def _mean_cells(losses: DomainLosses) -> list[str]:
         losses.student_bits_per_byte,
     )
     return ["mean", *("" if c is None else f"{c.mean():.3f}" for c in columns), ""]
+
+
+def print_gaps(step: int, losses: DomainLosses, weights: dict[str, float]) -> None:
+    """The table of a step, with the mixture weights in force."""
+    title = f"step {step:,}"
+    print(render_gaps(losses, weights, "table", title=title, weights_title="weight"), flush=True)
