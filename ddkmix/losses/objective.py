@@ -27,7 +27,7 @@ _SUSPECTS = 16
 """Tokens whose teacher logits are made again to see what is wrong with them."""
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def distillation_objective(
     hidden: Float[Tensor, "n D"],
     head: Head,
