@@ -49,9 +49,9 @@ FULL = (
     Size(32_000, 512, 3),
     Size(32_000, 8192, 1, ("ddkmix", "naive")),
     Size(49_152, 2048, 3),
-    Size(49_152, 8192, 1, ("ddkmix", "naive")),
+    Size(49_152, 8192, 0, ("ddkmix", "naive")),
     Size(151_936, 512, 3, ("ddkmix",)),
-    Size(151_936, 4096, 3, NAMES),
+    Size(151_936, 4096, 2, NAMES),
     Size(151_936, 8192, 1, ("ddkmix", "naive")),
 )
 QUICK = (Size(2000, 128, 1, ("ddkmix",)),)

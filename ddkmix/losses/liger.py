@@ -36,7 +36,9 @@ def liger_objective(
     if reason:
         raise ConfigError(f"impl = 'liger' {reason}; use 'chunked', which has no such limit.")
     try:
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+        from liger_kernel.chunked_loss import (  # type: ignore[import-not-found]
+            LigerFusedLinearJSDLoss,
+        )
     except ImportError as error:
         raise ConfigError(
             f"impl = 'liger' needs liger-kernel and triton ({error}): pip install liger-kernel."
