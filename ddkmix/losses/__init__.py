@@ -17,6 +17,7 @@ from ddkmix.config import Named
 from ddkmix.errors import ConfigError
 from ddkmix.losses.cross_entropy import CrossEntropy
 from ddkmix.losses.forward_kl import ForwardKL
+from ddkmix.losses.gold import GOLD
 from ddkmix.losses.hidden_match import HiddenMatch
 from ddkmix.losses.jsd import JSD
 from ddkmix.losses.mse import MSE
@@ -27,15 +28,18 @@ from ddkmix.losses.sinkhorn import Sinkhorn
 from ddkmix.losses.skew_kl import SkewKL
 from ddkmix.losses.skew_reverse_kl import SkewReverseKL
 from ddkmix.losses.total_variation import TotalVariation
+from ddkmix.losses.uld import ULD
 from ddkmix.losses.weights import Rest, WeightSchedule, build_weight, weights_at
 from ddkmix.plugins import build
 from ddkmix.sections import Schedule
 
 __all__ = [
+    "GOLD",
     "JSD",
     "LOSSES",
     "MSE",
     "NLL",
+    "ULD",
     "CrossEntropy",
     "ForwardKL",
     "HiddenMatch",
@@ -94,6 +98,8 @@ LOSSES: dict[str, type] = {
     "skew_kl": SkewKL,
     "skew_reverse_kl": SkewReverseKL,
     "total_variation": TotalVariation,
+    "uld": ULD,
+    "gold": GOLD,
 }
 """The losses that a config can name."""
 
