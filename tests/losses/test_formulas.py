@@ -17,6 +17,7 @@ from ddkmix.losses import (
     SkewReverseKL,
     TotalVariation,
 )
+from ddkmix.losses.closed_form import LogProbs, logit_gradient
 from tests.losses.stores import random_pair, top
 
 INFINITE = math.inf
@@ -134,7 +135,7 @@ def test_equal_distributions_have_no_divergence(name, logits):
 
 @EVERY
 @pytest.mark.parametrize("kind", ["dense", "bucket", "renormalize"])
-def test_finite_differences_agree_with_the_gradient(name, kind):
+def test_finite_differences_agree_with_the_gradient_and_with_its_closed_form(name, kind):
     """In float64, at a temperature, for every kind of signal that it accepts of these."""
     student, logits = random_pair()
     loss = loss_of(name, temperature=2.0)
@@ -142,6 +143,13 @@ def test_finite_differences_agree_with_the_gradient(name, kind):
         pytest.skip("not defined")
     teacher = logits if kind == "dense" else top(logits, 3, kind, unused=1)
     assert torch.autograd.gradcheck(lambda z: loss(z, teacher, None), (student,))
+    values = loss(student, teacher, None)
+    said = LogProbs(logits) if kind == "dense" else teacher
+    closed, slope = loss.value_and_slope(LogProbs(student.detach()), said, None)
+    torch.testing.assert_close(values.detach(), closed)
+    row = torch.tensor([1.0, 0.5, -2.0, 3.0], dtype=torch.float64)
+    by_slope = logit_gradient(LogProbs(student.detach()), [(row, slope)])
+    torch.testing.assert_close(torch.autograd.grad((values * row).sum(), student)[0], by_slope)
 
 
 @EVERY
