@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ddkmix.errors import ConfigError
 
+__all__ = ["DenseSignal", "EnsembleSignal", "Head", "RoutedSignal", "TruncatedSignal"]
+
 Tail = Literal["bucket", "renormalize", "drop"]
 """What becomes of the teacher's mass outside the classes that were kept; see `TruncatedSignal`."""
 
@@ -23,16 +25,22 @@ class Head:
     """How hidden states become logits: `softcap(scale * (h W^T + b))`, cut to `vocab_size` classes."""
 
     weight: Float[Tensor, "V D"]
+    """Maps hidden states to logits."""
     bias: Float[Tensor, " V"] | None = None
+    """Added to the logits."""
     scale: float = 1.0
     """Factor on the logits (Cohere's logit_scale, 1 / Granite's logits_scaling)."""
     softcap: float | None = None
-    """Gemma's final_logit_softcapping: c tanh(z / c)."""
+    """Gemma's final_logit_softcapping, a bound on logits: c tanh(z / c)."""
     vocab_size: int | None = None
     """Classes kept; the rows of `weight` behind it belong to no token."""
 
     def finish(self, raw: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
-        """Logits from `h W^T + b`: scale and soft cap."""
+        """Logits from what the linear layer gives: scale and soft cap.
+
+        Args:
+            raw: logits without them, h W^T + b.
+        """
         if self.scale != 1.0:
             raw = raw * self.scale
         if self.softcap is not None:
@@ -45,11 +53,20 @@ class DenseSignal:
     """What a teacher says about a batch: hidden states from which any chunk of logits can be made."""
 
     hidden: Float[Tensor, "*b D"]
+    """Last hidden states, after the final norm; the state of token t predicts token t + 1."""
     head: Head
+    """The teacher's output layer."""
+    layers: Mapping[int, Float[Tensor, "*b D"]] = field(default_factory=dict)
+    """Outputs of the layers that a `HiddenMatch` asked for, by their number there."""
 
     def at(self, index: Any) -> "DenseSignal":
-        """The same of some positions only; `index` is what `hidden[index]` takes."""
-        return replace(self, hidden=self.hidden[index])
+        """The same of some positions only.
+
+        Args:
+            index: what `hidden[index]` takes: a mask, a slice, numbers.
+        """
+        layers = {number: output[index] for number, output in self.layers.items()}
+        return replace(self, hidden=self.hidden[index], layers=layers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -61,6 +78,7 @@ class EnsembleSignal:
     """
 
     members: tuple[DenseSignal, ...]
+    """What each teacher says."""
     weights: tuple[float, ...]
     """Positive, one for each member, with the sum 1."""
 
@@ -74,7 +92,11 @@ class EnsembleSignal:
             )
 
     def at(self, index: Any) -> "EnsembleSignal":
-        """The same of some positions only; `index` is what `hidden[index]` takes."""
+        """The same of some positions only.
+
+        Args:
+            index: what `hidden[index]` takes: a mask, a slice, numbers.
+        """
         return replace(self, members=tuple(member.at(index) for member in self.members))
 
 
@@ -97,7 +119,7 @@ class TruncatedSignal:
     """
 
     ids: Int[Tensor, "*b K"]
-    """Classes. Unused places repeat the token's first class."""
+    """Classes (token ids). Unused places repeat the token's first class."""
     log_probs: Float[Tensor, "*b K"]
     """log p(class) at temperature 1, nats, float32; -inf in unused places."""
     entropy: Float[Tensor, "*b"]
@@ -107,16 +129,20 @@ class TruncatedSignal:
     log_z: Mapping[float, Float[Tensor, "*b"]] = field(default_factory=dict)
     """log sum_v p(v) ** (1 / temperature) for each temperature in use other than 1 (there it is 0)."""
     draws: Int[Tensor, "*b K"] | None = None
-    """How often each entry was drawn; 0 where it stands for itself. None where nothing was drawn."""
+    """Draws of each entry; 0 where it stands for itself. None where nothing was drawn."""
     num_draws: int = 0
     """Draws for each token."""
     drawn_mass: Float[Tensor, "*b"] | None = None
-    """Mass from which the draws were made: 1 without classes that stand for themselves."""
+    """Share of the mass from which the draws were made: 1 without classes that stand for themselves."""
     tail: Tail = "bucket"
     """Only where nothing was drawn."""
 
     def at(self, index: Any) -> "TruncatedSignal":
-        """The same of some positions only: `index` is applied to the axes before K."""
+        """The same of some positions only.
+
+        Args:
+            index: applied to the axes before K: a mask, a slice, numbers.
+        """
         return replace(
             self,
             ids=self.ids[index],
@@ -126,6 +152,23 @@ class TruncatedSignal:
             log_z={t: values[index] for t, values in self.log_z.items()},
             draws=None if self.draws is None else self.draws[index],
             drawn_mass=None if self.drawn_mass is None else self.drawn_mass[index],
+        )
+
+    def to(self, device: torch.device) -> "TruncatedSignal":
+        """The same on a device.
+
+        Args:
+            device: where its tensors go.
+        """
+        return replace(
+            self,
+            ids=self.ids.to(device),
+            log_probs=self.log_probs.to(device),
+            entropy=self.entropy.to(device),
+            teacher_nats=self.teacher_nats.to(device),
+            log_z={t: values.to(device) for t, values in self.log_z.items()},
+            draws=None if self.draws is None else self.draws.to(device),
+            drawn_mass=None if self.drawn_mass is None else self.drawn_mass.to(device),
         )
 
 

@@ -3,7 +3,6 @@
 A mistake of the user's is one line on stderr and exit code 2.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -165,7 +164,9 @@ def train(
     if allow_changes and not resume:
         raise ConfigError("--allow-changes is for --resume; a new run has nothing to differ from.")
     run = _load(config, overrides)
-    _quiet_libraries()
+    from ddkmix.options import quiet_libraries
+
+    quiet_libraries()
     from ddkmix.setup import train as train_run
 
     seen: dict[int, dict[str, float]] = {}
@@ -183,6 +184,45 @@ def train(
 
 
 @app.command()
+def capture(
+    config: Config,
+    overrides: Overrides = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Read all records back, and ask the teacher again about a few rows."),
+    ] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(help="3/16: capture every 16th shard, from the third; run the other parts anywhere."),
+    ] = None,
+    style: FormatOption = "table",
+) -> None:
+    """Write what the teacher says about all train rows into the logits store."""
+    from ddkmix.pack import parse_part
+
+    _check_format(style)
+    share = parse_part(part) if part is not None else None
+    run = _load(config, overrides)
+    from ddkmix.options import quiet_libraries
+
+    quiet_libraries()
+    from ddkmix.report.captured import render_captured, render_verified
+
+    if verify:
+        from ddkmix.verifying import verify_store
+
+        checked = verify_store(run, part=share)
+        print(render_verified(checked, style))  # type: ignore[arg-type]  # checked above
+        checked.raise_if_damaged()
+        return
+    from ddkmix.capture import capture as capture_run
+
+    totals = capture_run(run, part=share)
+    if totals is not None:  # only the main rank is told
+        print(render_captured(totals, style))  # type: ignore[arg-type]  # checked above
+
+
+@app.command()
 def gaps(
     config: Annotated[Path | None, typer.Argument(help="YAML config.", show_default=False)] = None,
     overrides: Overrides = None,
@@ -197,10 +237,10 @@ def gaps(
     _check_format(style)
     if config is not None and "=" in config.name and not config.exists():
         overrides, config = [str(config), *(overrides or [])], None
-    from ddkmix.options import gaps_config
+    from ddkmix.options import gaps_config, quiet_libraries
 
     run = gaps_config(config, overrides, student, teacher, domains)
-    _quiet_libraries()
+    quiet_libraries()
     from ddkmix.policies.ddk import Ddk
     from ddkmix.report.gaps import ddk_weights, render_gaps
     from ddkmix.setup import measure_gaps
@@ -282,18 +322,3 @@ def _check_format(style: str, *known: str) -> None:
     known = known or ("table", "json", "markdown")
     if style not in known:
         raise ConfigError(f"--format {style}: must be {', '.join(known[:-1])} or {known[-1]}.")
-
-
-def _quiet_libraries() -> None:
-    """Model loading prints bars and hints that say nothing about the run."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from logging import getLogger
-
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    # says at every checkpoint that tied weights are saved once, as they should be
-    getLogger("accelerate.utils.other").setLevel("ERROR")

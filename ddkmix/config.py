@@ -15,6 +15,7 @@ from ddkmix.errors import ConfigError
 from ddkmix.overrides import apply_override, read_yaml
 from ddkmix.sections import (
     NAME,
+    Capture,
     Evaluation,
     FurtherTeacher,
     Loader,
@@ -25,6 +26,7 @@ from ddkmix.sections import (
     Schedule,
     Section,
     Seed,
+    Signal,
     Storage,
     Student,
     Teacher,
@@ -34,6 +36,7 @@ from ddkmix.sections import (
 from ddkmix.validation import explain
 
 __all__ = [
+    "Capture",
     "Evaluation",
     "FurtherTeacher",
     "Loader",
@@ -44,6 +47,7 @@ __all__ = [
     "RunConfig",
     "Schedule",
     "Section",
+    "Signal",
     "Storage",
     "Student",
     "Teacher",
@@ -106,6 +110,10 @@ class RunConfig(Section):
     """How rows are read."""
     storage: Storage = Storage()
     """How remote shards are read."""
+    signal: Signal = Signal()
+    """Where the teacher's signal comes from."""
+    capture: Capture = Capture()
+    """What the logits store keeps of what the teacher says."""
     evaluation: Evaluation = Evaluation()
     """How much held-out text is measured."""
     tracking: Tracking = Tracking()
@@ -118,13 +126,15 @@ class RunConfig(Section):
                 f"schedule.warmup_steps = {self.schedule.warmup_steps} is more than "
                 f"trainer.steps = {self.trainer.steps}; warm up for less or train for longer"
             )
-        if self.schedule.name == "wsd" and self.schedule.decay_steps == 0:
-            raise ValueError("schedule.name = 'wsd' needs schedule.decay_steps >= 1")
-        if self.schedule.name != "wsd" and self.schedule.decay_steps:
-            raise ValueError(
-                f"schedule.decay_steps = {self.schedule.decay_steps} has no effect with "
-                f"schedule.name = {self.schedule.name!r}; remove it or use 'wsd'"
-            )
+        if self.schedule.name == "wsd" and not (self.schedule.decay_steps or self.schedule.decay_share):
+            raise ValueError("schedule.name = 'wsd' needs schedule.decay_steps >= 1 or decay_share > 0")
+        for key in ("decay_steps", "decay_share", "decay"):
+            value = getattr(self.schedule, key)
+            if self.schedule.name != "wsd" and value != Schedule.model_fields[key].default:
+                raise ValueError(
+                    f"schedule.{key} = {value!r} has no effect with schedule.name = {self.schedule.name!r}; "
+                    "remove it or use 'wsd'"
+                )
         return self
 
 

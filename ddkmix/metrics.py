@@ -10,20 +10,32 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ddkmix.errors import RunError
+
 
 class LossWindow:
-    """Per loss term and domain: the sum of nats; per domain: the number of predicted tokens."""
+    """Per domain: the sum of nats of each loss term and of the objective, and the number of tokens.
+
+    The objective has a sum of its own, because the weights of its terms may move within a window.
+    """
 
     def __init__(self, terms: Sequence[str], domains: Sequence[str], device: torch.device) -> None:
         self._terms, self._domains = list(terms), list(domains)
-        self._sums = torch.zeros((len(terms) + 1, len(domains)), dtype=torch.float64, device=device)
+        self._sums = torch.zeros((len(terms) + 2, len(domains)), dtype=torch.float64, device=device)
 
-    def add(self, values: Float[Tensor, "terms n"], domain_ids: Int[Tensor, " n"]) -> None:
-        """Add the losses of n tokens."""
-        rows = torch.cat([values.double(), torch.ones_like(values[:1], dtype=torch.float64)])
+    def add(
+        self,
+        values: Float[Tensor, "terms n"],
+        domain_ids: Int[Tensor, " n"],
+        weights: Sequence[float],
+    ) -> None:
+        """Add the losses of n tokens and their sum with the weights of the terms that are in force."""
+        nats = values.double()
+        objective = nats.new_tensor(weights) @ nats
+        rows = torch.cat([nats, objective[None], torch.ones_like(objective)[None]])
         self._sums.index_add_(1, domain_ids, rows)
 
-    def close(self, weights: Sequence[float], reduce: Callable[[Tensor], Tensor]) -> dict[str, float | int]:
+    def close(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float | int]:
         """Means over all ranks since the last call, and start anew.
 
         Returns:
@@ -32,10 +44,10 @@ class LossWindow:
         """
         sums = reduce(self._sums).cpu()
         self._sums = torch.zeros_like(self._sums)
-        *terms, counts = sums.tolist()
+        *terms, objective, counts = sums.tolist()
         total = max(sum(counts), 1.0)
         record: dict[str, float | int] = {
-            "train/objective": sum(w * sum(t) for w, t in zip(weights, terms, strict=True)) / total,
+            "train/objective": sum(objective) / total,
             "train/tokens": int(sum(counts)),
         }
         for name, term in zip(self._terms, terms, strict=True):
@@ -51,6 +63,15 @@ class LossWindow:
         return sums
 
     def load_json(self, sums: list[list[float]], *, is_main: bool) -> None:
-        """Take up saved sums; only the main rank holds them, or they would count once per rank."""
+        """Take up saved sums; only the main rank holds them, or they would count once per rank.
+
+        Raises:
+            RunError: they are of other terms, or of a version without a sum for the objective.
+        """
+        if len(sums) != len(self._sums):
+            raise RunError(
+                f"the checkpoint sums {len(sums)} losses where this run sums {len(self._sums)}; another "
+                "version of ddkmix wrote it. Resume with that version, or choose another run_dir."
+            )
         if is_main:
             self._sums = torch.tensor(sums, dtype=torch.float64, device=self._sums.device)

@@ -14,24 +14,25 @@ from pydantic import TypeAdapter, ValidationError
 from ddkmix.errors import ConfigError, did_you_mean
 
 
-def build(spec: Mapping[str, Any], table: Mapping[str, type], *, where: str) -> Any:
+def build(spec: Mapping[str, Any], table: Mapping[str, type], *, where: str, key: str = "name") -> Any:
     """The object that `spec` names, with its parameters checked.
 
     Args:
         spec: `name` and the parameters of that entry.
         table: name -> frozen dataclass.
         where: the place in the config, for messages ("policy", "loss.1").
+        key: what `name` is called in this spec.
 
     Raises:
         ConfigError: the name or a parameter is unknown, or a value breaks its rule.
     """
-    name = spec.get("name")
+    name = spec.get(key)
     if not isinstance(name, str):
-        raise ConfigError(f"{where}.name is missing; {did_you_mean('', table)}")
-    cls = _import(name, where=where) if ":" in name else table.get(name)
+        raise ConfigError(f"{where}.{key} is missing; {did_you_mean('', table)}")
+    cls = _import(name, where=f"{where}.{key}") if ":" in name else table.get(name)
     if cls is None:
-        raise ConfigError(f"{where}.name = {name!r} is unknown; {did_you_mean(name, table)}")
-    parameters = {key: value for key, value in spec.items() if key != "name"}
+        raise ConfigError(f"{where}.{key} = {name!r} is unknown; {did_you_mean(name, table)}")
+    parameters = {other: value for other, value in spec.items() if other != key}
     _check_names(cls, parameters, where=f"{where} ({name})")
     try:
         return TypeAdapter(cls).validate_python(parameters)
@@ -51,11 +52,11 @@ def _import(target: str, *, where: str) -> type:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{where}.name = {target!r} cannot be imported ({error}); it must be package.module:Name "
+            f"{where} = {target!r} cannot be imported ({error}); it must be package.module:Name "
             "of an installed or PYTHONPATH module."
         ) from None
     if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
-        raise ConfigError(f"{where}.name = {target!r} is not a dataclass; make it a frozen one.")
+        raise ConfigError(f"{where} = {target!r} is not a dataclass; make it a frozen one.")
     return found
 
 

@@ -14,7 +14,8 @@ from ddkmix.domains import Domain, load_domains
 from ddkmix.errors import ConfigError, ModelError
 from ddkmix.fingerprint import hash_json
 from ddkmix.hub import check_layers, common_vocab, read_model_config
-from ddkmix.losses import LossTerm, build_terms
+from ddkmix.losses import LossTerm, build_terms, check_terms, check_weights
+from ddkmix.losses.hidden_match import HiddenMatch, check_layers_exist
 from ddkmix.pack import read_packed
 from ddkmix.policies import WeightPolicy, build_policy, next_state
 from ddkmix.storage.location import is_remote
@@ -69,6 +70,7 @@ def check(config: RunConfig) -> Prepared:
     policy = build_policy(config.policy)
     _try_policy(policy, tuple(domain.name for domain in domains))
     terms = build_terms(config.loss)
+    check_weights(terms, config.trainer.steps, config.schedule)
     _check_batch(config)
     _check_trackers(config)
     teacher = read_model_config(config.teacher.model, config.teacher.revision)
@@ -78,7 +80,9 @@ def check(config: RunConfig) -> Prepared:
             check_separator(own)
     _check_local_rows(config, domains, tokenizer)
     teachers = find_teachers(config, domains)
+    _check_signal(config, terms)
     student = _student_config(config, teacher)
+    _check_matching(config, terms, teachers, student)
     _check_student_tokenizer(config, tokenizer)
     if teacher_tokenizer is not None:
         _check_only_teacher(teachers, config)
@@ -150,6 +154,41 @@ def _try_policy(policy: WeightPolicy, domains: tuple[str, ...]) -> None:
     uniform = np.full(len(domains), 1.0 / len(domains))
     state = next_state(policy, None, dummy_losses(domains), uniform)
     next_state(policy, state, dummy_losses(domains), uniform)
+
+
+def _check_signal(config: RunConfig, terms: Sequence[LossTerm]) -> None:
+    """The losses are defined for the kind of signal that there will be."""
+    live, kept = config.signal.source == "live", config.capture.keep
+    if live or kept == "hidden":
+        kinds = ["dense"]
+    else:
+        kinds = ["drawn" if kept in ("drawn", "top_k_drawn") else config.signal.tail]
+        kinds += ["dense"] * (config.signal.missing == "live")
+    for kind in kinds:
+        check_terms(terms, kind)
+
+
+def _check_matching(
+    config: RunConfig, terms: Sequence[LossTerm], teachers: Teachers, student: dict[str, Any]
+) -> None:
+    """Hidden states are those of one live model, and the layers that are compared exist."""
+    loss = next((term.loss for term in terms if isinstance(term.loss, HiddenMatch)), None)
+    if loss is None:
+        return
+    if config.signal.source != "live" or [len(shares) for shares in teachers.members.values()] != [1]:
+        raise ConfigError(
+            "loss hidden_match compares hidden states with those of one model, and a store holds none; set "
+            "signal.source to live and let one teacher teach all domains, or leave the loss out."
+        )
+    (model,) = teachers.models.values()
+    kept = config.student.layers if config.student.init == "prune" else None
+    numbers = {
+        "student": len(kept) if kept else student.get("num_hidden_layers"),
+        "teacher": read_model_config(model.model, model.revision).get("num_hidden_layers"),
+    }
+    for who, wanted in (("student", loss.student_layers), ("teacher", loss.teacher_layers)):
+        if (number := numbers[who]) is not None:
+            check_layers_exist(who, wanted, number)
 
 
 def _check_batch(config: RunConfig) -> None:

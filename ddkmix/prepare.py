@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ddkmix.config import RunConfig, Storage
+from ddkmix.config import RunConfig, Storage, Teacher
 from ddkmix.domains import Domain
-from ddkmix.errors import DataError
+from ddkmix.errors import ConfigError, DataError
+from ddkmix.hub import read_model_config
 from ddkmix.index import DomainRows
 from ddkmix.loader import DomainMixture
+from ddkmix.logits_store.card import Kept, StoreCard, kept_of
 from ddkmix.pack import (
     PackedDomain,
     Part,
@@ -96,6 +98,66 @@ def storage_of(config: RunConfig) -> Storage:
     """The storage settings with the folder of spooled shards filled in."""
     folder = config.storage.folder or config.cache_dir / "shards"
     return config.storage.model_copy(update={"folder": folder})
+
+
+def stores_folder(config: RunConfig) -> Path:
+    """Where logits stores lie."""
+    return config.capture.folder or config.cache_dir / "logits"
+
+
+def store_cards(prepared: Prepared) -> dict[str, StoreCard]:
+    """What the logits stores of a checked config are made of: for each domain, that of its teacher.
+
+    Raises:
+        ConfigError: more classes are to be kept than there are, or hidden states of an ensemble, or the
+            teacher does not read the rows' tokens.
+        ModelError: a teacher's files cannot be had.
+    """
+    config = prepared.config
+    if prepared.teacher_tokenizer is not None:
+        raise ConfigError(
+            f"teacher {config.teacher.model} and student {config.student.model} have different tokenizers, "
+            "and a logits store is of what a teacher says about the rows' tokens; set signal.source to live."
+        )
+    kept = kept_of(config.capture)
+    named = {t for term in prepared.terms for t in getattr(term.loss, "temperatures", ())}
+    temperatures = {float(t) for t in (*named, *config.capture.temperatures)} - {1.0}
+    for name, members in prepared.teachers.members.items():
+        if kept.is_hidden and len(members) > 1:
+            raise ConfigError(
+                f"capture.keep = 'hidden', and the teacher {name!r} is an ensemble, which has no hidden "
+                "states of its own; keep classes."
+            )
+    for model in prepared.teachers.models.values():
+        _check_classes(prepared, model, kept)
+    cards = {
+        name: StoreCard(
+            teacher=name,
+            model=prepared.teachers.fingerprint(name, config.cache_dir),
+            tokenizer=prepared.tokenizer.fingerprint,
+            vocab_size=prepared.vocab_size,
+            separator_id=prepared.separator_id,
+            kept=kept,
+            temperatures=() if kept.is_hidden else tuple(sorted(temperatures)),
+            members=tuple(
+                {"model": model.model, "revision": model.revision, "dtype": model.dtype, "share": share}
+                for model, share in (
+                    (prepared.teachers.models[member], share) for member, share in members.items()
+                )
+            ),
+        )
+        for name, members in prepared.teachers.members.items()
+    }
+    return {domain: cards[name] for domain, name in prepared.teachers.of_domain.items()}
+
+
+def _check_classes(prepared: Prepared, teacher: Teacher, kept: Kept) -> None:
+    model = read_model_config(teacher.model, teacher.revision)
+    num_classes = prepared.vocab_size or model.get("vocab_size")
+    if num_classes is not None and kept.k is not None and kept.k > num_classes:
+        raise ConfigError(
+            f"capture.k = {kept.k}; the teacher has {num_classes} classes, keep at most that many."
+        )
 
 
 def publish_rows(packed: Mapping[str, PackedDomain], out: str) -> list[Path]:

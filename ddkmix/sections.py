@@ -19,6 +19,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+DecayShape = Literal["cosine", "linear", "sqrt"]
 
 
 class Section(BaseModel):
@@ -122,6 +123,19 @@ class Mixture(Section):
     """Rows are permuted inside blocks of this many; larger mixes better, smaller reads more locally."""
 
 
+class Signal(Section):
+    """Where the trainer takes the teacher's signal from."""
+
+    source: Literal["live", "store"] = "live"
+    """`live`: the teacher reads every batch. `store`: what `ddkmix capture` has kept of it (see `capture`);
+    the teacher is loaded only to measure held-out rows that it was not measured on before."""
+    tail: Literal["bucket", "renormalize", "drop"] = "bucket"
+    """What becomes of the mass outside the kept classes: one class more, on both sides; nothing, the kept
+    classes scaled up to 1; or nothing at all. The last two are biased: see `ddkmix.batch.TruncatedSignal`."""
+    missing: Literal["error", "live"] = "error"
+    """Rows of shards that were not captured: an error before the run begins, or the live teacher."""
+
+
 class Optimizer(Section):
     """AdamW."""
 
@@ -143,13 +157,30 @@ class Schedule(Section):
     """The learning rate as a multiple of its peak."""
 
     name: Literal["cosine", "wsd", "constant"] = "cosine"
-    """`wsd`: warm-up, stable, then a cosine decay over the last `decay_steps`."""
+    """`cosine`: warm-up, then a cosine over the rest. `wsd`: warm-up, stable, then a decay."""
     warmup_steps: Count = 0
     """Linear warm-up from 0."""
+    warmup_share: Share = 0.0
+    """The same as a share of the run's steps (pre-training distillation: 0.1); not both."""
     decay_steps: Count = 0
     """Length of the decay; only for `wsd`."""
+    decay_share: Share = 0.0
+    """The same as a share of the run's steps; not both."""
+    decay: DecayShape = "cosine"
+    """How `wsd` falls: along a cosine, a line, or 1 - sqrt(x) (arXiv 2405.18392)."""
     final_ratio: Share = 0.1
     """Learning rate of the last step as a share of the peak."""
+
+    @model_validator(mode="after")
+    def _one_length_each(self) -> "Schedule":
+        for part in ("warmup", "decay"):
+            steps, share = getattr(self, f"{part}_steps"), getattr(self, f"{part}_share")
+            if steps and share:
+                raise ValueError(
+                    f"{part}_steps = {steps} and {part}_share = {share} both say how long the {part} is; "
+                    "remove one"
+                )
+        return self
 
 
 class Loader(Section):
@@ -180,6 +211,32 @@ class Storage(Section):
     """Seconds without an answer after which a try has failed."""
     allow_pipe: bool = False
     """Allow `pipe:COMMAND` locations in cards, which run COMMAND in a shell."""
+
+
+class Capture(Section):
+    """What the logits store keeps of what the teacher says (`ddkmix capture`)."""
+
+    keep: Literal["top_p_k", "top_k", "drawn", "top_k_drawn", "hidden"] = "top_p_k"
+    """`top_p_k`: the smallest set of classes with mass `p`, at most `k` (arXiv 2410.16215).
+    `top_k`: the `k` likeliest. `drawn`: `draws` draws with replacement (arXiv 2503.16870). `top_k_drawn`: the
+    `k` likeliest, and draws from the rest. `hidden`: the last hidden states, which give all classes."""
+    p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Mass that `top_p_k` keeps."""
+    k: Annotated[int, Field(ge=1, le=65_535)] = 50
+    """Most classes kept for a token, beside drawn ones."""
+    draws: Annotated[int, Field(ge=1, le=255)] = 12
+    """Draws for a token, of `drawn` and `top_k_drawn`."""
+    log_prob_bytes: Literal[1, 2] = 1
+    """Bytes of a log-probability: 1, a grid, or 2, a half-precision number."""
+    hidden_bytes: Literal[1, 2, 4] = 2
+    """Bytes of a number in a hidden state: 1, an integer with a scale for each token; 2, half precision, or
+    the teacher's own bfloat16; 4, single precision."""
+    temperatures: tuple[Annotated[float, Field(gt=0, le=1000)], ...] = ()
+    """Temperatures that tempered probabilities are exact at, beside those that `loss` names."""
+    folder: Path | None = None
+    """Stores lie in here, a folder each; `<cache_dir>/logits` when unset."""
+    batch_rows: PositiveInt = 8
+    """Rows in a forward pass of the teacher."""
 
 
 class Evaluation(Section):

@@ -12,6 +12,7 @@ from ddkmix.config import RunConfig
 from ddkmix.distillation import DistillationModel
 from ddkmix.errors import RunError
 from ddkmix.evaluator import Evaluator, select_rows
+from ddkmix.matching import Matching, hidden_match_of
 from ddkmix.metrics import LossWindow
 from ddkmix.models import build_student, save_student
 from ddkmix.pack import PackedDomain
@@ -21,7 +22,8 @@ from ddkmix.prepare import open_mixture, open_rows, storage_of
 from ddkmix.provenance import DataBlock, describe, record_data
 from ddkmix.reweighting import Reweighter
 from ddkmix.signals import noting_signals
-from ddkmix.teaching import open_teachers, teacher_of_all, teacher_sums
+from ddkmix.teacher import LiveTeacher, SignalSource
+from ddkmix.teaching import open_any_teachers, open_teaching, teacher_sums
 from ddkmix.tracking import progress_bar
 from ddkmix.trainer import Run, run_loop, token_nats
 from ddkmix.types import DomainLosses
@@ -100,7 +102,7 @@ def measure_gaps(config: RunConfig) -> tuple[DomainLosses, WeightPolicy]:
     with accelerator.main_process_first():
         packed = open_rows(prepared, shown=accelerator.is_main_process)
     evaluator = open_evaluator(config, packed, accelerator)
-    sums = teacher_sums(prepared, evaluator, open_teachers(prepared, accelerator.device))
+    sums = teacher_sums(prepared, evaluator, open_any_teachers(prepared, accelerator.device))
     student = build_student(config.student, config.teacher, seed=config.seed).eval()
     model = accelerator.prepare_model(_distillation(prepared, student), evaluation_mode=True)
     return evaluator.measure(token_nats(model), sums), prepared.policy
@@ -146,15 +148,15 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
     mixture = open_mixture(
         config, packed, rank=accelerator.process_index, world_size=accelerator.num_processes
     )
-    teachers = open_teachers(prepared, accelerator.device)
     evaluator = open_evaluator(config, packed, accelerator)
-    sums = teacher_sums(prepared, evaluator, teachers)
+    train_rows = {name: domain.train for name, domain in packed.items()}
+    teaching = open_teaching(prepared, train_rows, evaluator, mixture.domains)
     student = build_student(config.student, config.teacher, seed=config.seed)
     if config.trainer.gradient_checkpointing:
         enable: Any = getattr(student, "activation_checkpointing_enable", None)  # since transformers 5
         enable = enable or student.gradient_checkpointing_enable
         enable()
-    model = _distillation(prepared, student)
+    model = _distillation(prepared, student, teaching.source)
     model, optimizer = accelerator.prepare(model, _optimizer(config, model))
     terms = [term.name for term in prepared.terms]
     return Run(
@@ -165,9 +167,10 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
         terms=prepared.terms,
         student=model,
         optimizer=optimizer,
-        teacher=teacher_of_all(prepared, teachers, mixture.domains),
+        teacher=teaching.source,
+        reads_places=teaching.reads_places,
         teacher_keys={domain: prepared.teacher_fingerprint(domain) for domain in mixture.domains},
-        teacher_sums=sums,
+        teacher_sums=teaching.sums,
         evaluator=evaluator,
         window=LossWindow(terms, mixture.domains, accelerator.device),
     )
@@ -182,13 +185,21 @@ def _describe(run: Run, prepared: Prepared, packed: dict[str, PackedDomain]) -> 
     )
 
 
-def _distillation(prepared: Prepared, model: torch.nn.Module) -> DistillationModel:
+def _distillation(
+    prepared: Prepared, model: torch.nn.Module, teacher: SignalSource | None = None
+) -> DistillationModel:
+    """The student with its objective; with the projections of hidden states where there is a teacher."""
+    loss, matching = hidden_match_of(prepared.terms), None
+    if loss is not None and teacher is not None:
+        assert isinstance(teacher, LiveTeacher)  # `preflight.check` has seen to it
+        matching = Matching(loss, model, teacher.model, seed=prepared.config.seed)
     return DistillationModel(
         model,
         vocab_size=prepared.vocab_size,
         chunk_tokens=prepared.config.trainer.logits_chunk_tokens,
         memory_mb=prepared.config.trainer.logits_memory_mb,
         separator_id=prepared.separator_id,
+        matching=matching,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ddkmix.batch import CrossSignal, DenseSignal, EnsembleSignal, RoutedSignal, Signal
 from ddkmix.boundaries import check_isolation, document_positions
 from ddkmix.losses.reference import logits_of
+from ddkmix.matching import Layers
 from ddkmix.models import head_of, hidden_states
 
 
@@ -33,10 +34,17 @@ class LiveTeacher:
     """A frozen model that comments on batches."""
 
     def __init__(
-        self, model: nn.Module, *, vocab_size: int | None = None, separator_id: int | None = None
+        self,
+        model: nn.Module,
+        *,
+        vocab_size: int | None = None,
+        separator_id: int | None = None,
+        layers: Sequence[int] = (),
     ) -> None:
-        """Documents of a row see each other unless there is a `separator_id` that keeps them apart."""
+        """Documents of a row see each other unless there is a `separator_id` that keeps them apart; `layers`
+        are those whose outputs a `HiddenMatch` wants."""
         self.model, self._separator_id = model, separator_id
+        self._layers = Layers("teacher", model, layers)
         self._head = head_of(model, vocab_size)
         if separator_id is not None:
             check_isolation(model, separator_id)
@@ -46,7 +54,9 @@ class LiveTeacher:
         """What the teacher says about every position of a batch's `input_ids` (B, T)."""
         input_ids = batch["input_ids"]
         positions = document_positions(input_ids, self._separator_id)
-        return DenseSignal(hidden=hidden_states(self.model, input_ids, positions), head=self._head)
+        with self._layers.recorded(self.model) as outputs:
+            hidden = hidden_states(self.model, input_ids, positions)
+        return DenseSignal(hidden=hidden, head=self._head, layers=outputs)
 
 
 class EnsembleTeacher:
@@ -54,11 +64,11 @@ class EnsembleTeacher:
 
     def __init__(self, members: Sequence[LiveTeacher], weights: Sequence[float]) -> None:
         """`weights` sum to 1."""
-        self._members, self._weights = tuple(members), tuple(weights)
+        self.members, self._weights = tuple(members), tuple(weights)
 
     def signal(self, batch: Mapping[str, Tensor]) -> EnsembleSignal:
         """What the models say together; each of them reads all rows."""
-        said = tuple(member.signal(batch) for member in self._members)
+        said = tuple(member.signal(batch) for member in self.members)
         return EnsembleSignal(members=said, weights=self._weights)
 
 
@@ -96,17 +106,19 @@ def label_nats(
     nats = torch.zeros(len(labels), device=labels.device)
     for start in range(0, len(labels), chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        nats[part] = nn.functional.cross_entropy(_logits(signal.at(part)), labels[part], reduction="none")
+        nats[part] = nn.functional.cross_entropy(
+            dense_logits(signal.at(part)), labels[part], reduction="none"
+        )
     return nats
 
 
-def _logits(signal: DenseSignal | EnsembleSignal) -> Float[Tensor, "n V"]:
+def dense_logits(signal: DenseSignal | EnsembleSignal) -> Float[Tensor, "n V"]:
     """Logits of one model, or those of an ensemble: sum_k weight_k log p_k, which lacks only log Z."""
     if isinstance(signal, DenseSignal):
         return logits_of(signal.hidden, signal.head)
     device, shares = signal.members[0].hidden.device, zip(signal.members, signal.weights, strict=True)
     logits: Float[Tensor, "n V"] = sum(
-        (share * _logits(member).log_softmax(-1) for member, share in shares),
+        (share * dense_logits(member).log_softmax(-1) for member, share in shares),
         torch.zeros((), device=device),
     )
     return logits

@@ -1,7 +1,7 @@
-"""From the teachers that a checked config names to signals and held-out losses."""
+"""From the teachers that a checked config names, live or captured, to signals and held-out losses."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -9,10 +9,16 @@ from jaxtyping import Float
 
 from ddkmix.cross_vocabulary import CrossVocabularyTeacher
 from ddkmix.distillation import predicted
+from ddkmix.errors import DataError
 from ddkmix.evaluator import Evaluator, NatsCache, TokenNats
 from ddkmix.fingerprint import hash_json
+from ddkmix.index import DomainRows
+from ddkmix.logits_store.reader import LogitsStore
+from ddkmix.matching import hidden_match_of
 from ddkmix.models import load_teacher
 from ddkmix.preflight import Prepared
+from ddkmix.prepare import store_cards, stores_folder
+from ddkmix.stored_teacher import StoredTeacher
 from ddkmix.teacher import DomainTeachers, EnsembleTeacher, LiveTeacher, SignalSource, label_nats
 from ddkmix.teachers import DEFAULT
 from ddkmix.tokenizer import TokenizerCard
@@ -21,19 +27,90 @@ OneTeacher = LiveTeacher | EnsembleTeacher | CrossVocabularyTeacher
 """What a domain can have."""
 
 _CHUNK_TOKENS = 256
-"""Held-out tokens whose logits exist at one time, where the config leaves that open."""
+"""Tokens whose logits exist at one time in a measurement, where the config names a budget instead."""
 
 
-def open_teachers(prepared: Prepared, device: torch.device) -> dict[str, OneTeacher]:
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Teaching:
+    """Who teaches a run."""
+
+    source: SignalSource
+    sums: dict[str, Float[np.ndarray, " R"]]
+    """Held-out row sums of each domain's teacher."""
+    reads_places: bool
+    """Whether batches must say where their rows lie."""
+
+
+def open_teaching(
+    prepared: Prepared, rows: Mapping[str, DomainRows], evaluator: Evaluator, domains: Sequence[str]
+) -> Teaching:
+    """Open what a config's `signal` names; models are loaded only if something is asked of them.
+
+    Args:
+        prepared: the checked config.
+        rows: the train rows of each domain.
+        evaluator: of its held-out rows.
+        domains: in the order of `domain_ids`.
+
+    Raises:
+        DataError: the store does not fit the run, is damaged, or lacks shards.
+        ModelError: a model cannot be used as asked.
+    """
+    if prepared.config.signal.source == "live":
+        live = open_any_teachers(prepared, evaluator.device)
+        sums = teacher_sums(prepared, evaluator, live)
+        source = teacher_of_all(prepared, live, domains)
+        return Teaching(source=source, sums=sums, reads_places=False)
+    store = open_store(prepared, rows)
+    wants_live = bool(store.missing())
+    known = _known_sums(prepared, evaluator)
+    teachers = open_teachers(prepared, evaluator.device) if wants_live or known is None else {}
+    stored = StoredTeacher(
+        store,
+        domains,
+        device=evaluator.device,
+        fallback=teacher_of_all(prepared, teachers, domains) if wants_live else None,
+    )
+    sums = teacher_sums(prepared, evaluator, teachers) if known is None else known
+    return Teaching(source=stored, sums=sums, reads_places=True)
+
+
+def open_store(prepared: Prepared, rows: Mapping[str, DomainRows]) -> LogitsStore:
+    """The logits store of a config's teacher, tokenizer and rows.
+
+    Raises:
+        DataError: there is none, it is of something else, or it lacks shards that `signal.missing` wants.
+    """
+    config = prepared.config
+    store = LogitsStore.open(stores_folder(config), store_cards(prepared), rows, tail=config.signal.tail)
+    if config.signal.missing == "error" and (missing := store.missing()):
+        counts = ", ".join(
+            f"{count} of {len(rows[name].shards)} in {name}" for name, count in missing.items()
+        )
+        raise DataError(
+            f"the logits store in {stores_folder(config)} lacks shards: {counts}. Run `ddkmix capture` with "
+            "this config, or set signal.missing to live."
+        )
+    return store
+
+
+def open_any_teachers(prepared: Prepared, device: torch.device) -> dict[str, OneTeacher]:
+    """The teachers in use, or the one that reads with another tokenizer."""
+    if prepared.teacher_tokenizer is None:
+        return {**open_teachers(prepared, device)}
+    return {DEFAULT: _other_vocabulary(prepared, prepared.teacher_tokenizer, device)}
+
+
+def open_teachers(prepared: Prepared, device: torch.device) -> dict[str, LiveTeacher | EnsembleTeacher]:
     """The teachers in use, by name, loaded onto a device; a model in several of them is loaded once."""
-    teachers = prepared.teachers
-    if prepared.teacher_tokenizer is not None:
-        return {DEFAULT: _other_vocabulary(prepared, prepared.teacher_tokenizer, device)}
+    teachers, matched = prepared.teachers, hidden_match_of(prepared.terms)
+    layers = () if matched is None else matched.teacher_layers
     models = {
         name: LiveTeacher(
             load_teacher(config).to(device),
             vocab_size=prepared.vocab_size,
             separator_id=prepared.separator_id,
+            layers=layers,
         )
         for name, config in teachers.models.items()
     }
@@ -62,6 +139,19 @@ def teacher_sums(
         nats = _teacher_nats(teacher, prepared.config.trainer.logits_chunk_tokens or _CHUNK_TOKENS)
         sums.update(own.sums(nats, teacher_cache(prepared, domains[0], evaluator.device)))
     return sums
+
+
+def _known_sums(prepared: Prepared, evaluator: Evaluator) -> dict[str, Float[np.ndarray, " R"]] | None:
+    """Held-out row sums of all teachers from the disk; None if one of them has to be measured."""
+    known: dict[str, Float[np.ndarray, " R"]] = {}
+    for name in prepared.teachers.members:
+        domains = prepared.teachers.domains_of(name)
+        own = replace(evaluator, held_out={domain: evaluator.held_out[domain] for domain in domains})
+        found = own.cached(teacher_cache(prepared, domains[0], evaluator.device))
+        if found is None:
+            return None
+        known.update(found)
+    return known
 
 
 def teacher_of_all(

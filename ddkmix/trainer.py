@@ -21,7 +21,7 @@ from ddkmix.distillation import predicted
 from ddkmix.errors import Interrupted, NumericsError, RowError
 from ddkmix.evaluator import Evaluator, TokenNats
 from ddkmix.loader import DomainMixture
-from ddkmix.losses import CrossEntropy, LossTerm
+from ddkmix.losses import CrossEntropy, LossTerm, terms_at
 from ddkmix.metrics import LossWindow
 from ddkmix.projection import Projection, news, project
 from ddkmix.reweighting import Reweighter, check_agreement
@@ -48,6 +48,8 @@ class Run:
     teacher: SignalSource
     teacher_keys: dict[str, str]
     """Fingerprint of each domain's teacher."""
+    reads_places: bool
+    """Whether the teacher wants to know where the rows of a batch lie."""
     teacher_sums: dict[str, Any]
     evaluator: Evaluator
     window: LossWindow
@@ -72,6 +74,10 @@ class Run:
         """One of the run's files of JSON lines."""
         return JsonLines(self.config.run_dir / file)
 
+    def terms_at(self, step: int) -> tuple[LossTerm, ...]:
+        """The objective of a step, counted from 0."""
+        return terms_at(self.terms, step, self.config.trainer.steps, self.config.schedule)
+
     def reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks."""
         return self.accelerator.reduce(tensor, reduction="sum")
@@ -93,6 +99,8 @@ def run_loop(run: Run, bar: Bar) -> DomainLosses:
         waited = time.perf_counter() - waited
         if batch is None:  # every domain that has a weight is at its max_epochs
             break
+        if run.reads_places:
+            batch["row_places"] = torch.from_numpy(run.mixture.row_places)
         _note_substitutions(run, step + 1)
         started = time.perf_counter()
         grad_norm, num_tokens = _train_step(run, batch, step)
@@ -189,10 +197,11 @@ def _train_step(run: Run, batch: dict[str, Tensor], step: int) -> tuple[float, i
         run.stop_signal.append(signal.SIGTERM)
     rows = len(batch["labels"])
     parts = -(-rows // (trainer.microbatch_rows or rows))
+    terms = run.terms_at(step)
     for part in range(parts):
         micro = {name: tensor[part::parts] for name, tensor in batch.items()}
         with nullcontext() if part == parts - 1 else run.accelerator.no_sync(run.student):
-            _backward(run, micro, num_tokens)
+            _backward(run, micro, terms, num_tokens)
     limit = run.config.optimizer.max_grad_norm or float("inf")
     grad_norm = float(run.accelerator.clip_grad_norm_(run.student.parameters(), limit))
     if not torch.isfinite(torch.tensor(grad_norm)):
@@ -205,21 +214,21 @@ def _train_step(run: Run, batch: dict[str, Tensor], step: int) -> tuple[float, i
     return grad_norm, int(num_tokens)
 
 
-def _backward(run: Run, micro: dict[str, Tensor], num_tokens: int) -> None:
+def _backward(run: Run, micro: dict[str, Tensor], terms: tuple[LossTerm, ...], num_tokens: int) -> None:
     """Forward and backward of one micro-batch."""
     teacher = None
-    if any(term.loss.needs_teacher for term in run.terms):
+    if any(term.loss.needs_teacher for term in terms):
         teacher = run.teacher.signal(micro)
     # the sum over ranks is what is wanted, and DDP takes the mean
     share = run.accelerator.num_processes / max(num_tokens, 1)
-    objective, values = run.student(micro["input_ids"], micro["labels"], share, run.terms, teacher)
+    objective, values = run.student(micro["input_ids"], micro["labels"], share, terms, teacher)
     run.accelerator.backward(objective)
     row_of = predicted(micro["labels"]).nonzero()[:, 0]
-    run.window.add(values, micro["domain_ids"][row_of])
+    run.window.add(values, micro["domain_ids"][row_of], [term.weight for term in terms])
 
 
 def _refuse(run: Run, step: int, grad_norm: float, batch: dict[str, Tensor]) -> None:
-    losses = run.window.close([term.weight for term in run.terms], run.reduce)
+    losses = run.window.close(run.reduce)
     bad = {k: v for k, v in losses.items() if v != v}
     last = latest_checkpoint(run.config.run_dir)
     names = [run.mixture.domains[i] for i in sorted(set(batch["domain_ids"].tolist()))]
@@ -233,7 +242,7 @@ def _refuse(run: Run, step: int, grad_norm: float, batch: dict[str, Tensor]) -> 
 def _record(
     run: Run, bar: Bar, step: int, grad_norm: float, num_tokens: int, seconds: float, waited: float
 ) -> None:
-    metrics = run.window.close([term.weight for term in run.terms], run.reduce)
+    metrics = run.window.close(run.reduce)
     weights, epochs = run.mixture.weights, run.mixture.epochs
     record = {
         "step": step,
@@ -241,6 +250,7 @@ def _record(
         "train/grad_norm": grad_norm,
         "train/lr": run.optimizer.param_groups[0]["lr"],
         "train/total_tokens": run.total_tokens,
+        **{f"loss/weight/{term.name}": term.weight for term in run.terms_at(step - 1)},
         **{f"mixture/weight/{name}": weight for name, weight in weights.items()},
         **{f"mixture/epochs/{name}": epoch for name, epoch in epochs.items()},
     }

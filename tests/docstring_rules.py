@@ -24,7 +24,7 @@ NUMBERS = {"int", "float", "Float", "Int", "Num"}
 UNITS = (
     r"nats|bits|bytes|gigabytes|tokens?|rows?|steps?|batch(es)?|seconds|passes|epochs?|process(es)?|layers?|"
     r"tries|checkpoints|logits|gradients|shares?|ratio|rate|factor|norm|weights?|seeds?|domains?|scores?|"
-    r"exponentiated"
+    r"exponentiated|temperatures?|draws"
 )
 """Words for what a number counts or measures."""
 
@@ -67,6 +67,13 @@ def is_framework_hook(name: Name) -> bool:
     return any(method in vars(base) for base in foreign if base is not object)
 
 
+def is_refinement(name: Name) -> bool:
+    """Whether a method is that of a base class of ours which says what its parameters are."""
+    method = name.path.rpartition(".")[2]
+    bases = name.owner.__mro__[1:] if name.owner and name.kind == "method" else ()
+    return any("Args:" in (getattr(vars(base).get(method), "__doc__", None) or "") for base in bases)
+
+
 def without_text(name: Name) -> list[str]:
     """A name without a docstring."""
     return [] if name.doc.strip() else [name.path]
@@ -75,7 +82,7 @@ def without_text(name: Name) -> list[str]:
 def undocumented_parameters(name: Name) -> list[str]:
     """Parameters that `Args:` does not name, and entries of `Args:` that are no parameters."""
     function = function_of(name)
-    if function is None or name.kind == "property" or is_framework_hook(name):
+    if function is None or name.kind == "property" or is_framework_hook(name) or is_refinement(name):
         return []
     known = set(entries(sections(name.doc).get("Args", "")))
     wanted = {arg.arg for arg in parameters(function)}

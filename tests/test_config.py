@@ -166,7 +166,29 @@ def test_every_field_says_what_it_is():
             "schedule.warmup_steps = 101 is more than trainer.steps = 100; warm up for less or train for "
             "longer (in c.yaml).",
         ),
-        ("schedule.name=wsd", "schedule.name = 'wsd' needs schedule.decay_steps >= 1 (in c.yaml)."),
+        (
+            "schedule.name=wsd",
+            "schedule.name = 'wsd' needs schedule.decay_steps >= 1 or decay_share > 0 (in c.yaml).",
+        ),
+        (
+            "schedule={warmup_steps: 3, warmup_share: 0.1}",
+            "schedule: warmup_steps = 3 and warmup_share = 0.1 both say how long the warmup is; remove one "
+            "(in c.yaml).",
+        ),
+        (
+            "schedule={name: wsd, decay_steps: 3, decay_share: 0.1}",
+            "schedule: decay_steps = 3 and decay_share = 0.1 both say how long the decay is; remove one",
+        ),
+        ("schedule.warmup_share=1.1", "schedule.warmup_share = 1.1 in c.yaml; input should be less than or"),
+        ("schedule.decay=sqr", "schedule.decay = 'sqr' in c.yaml; input should be 'cosine', 'linear' or"),
+        (
+            "schedule.decay=sqrt",
+            "schedule.decay = 'sqrt' has no effect with schedule.name = 'cosine'; remove",
+        ),
+        (
+            "schedule.decay_share=0.1",
+            "schedule.decay_share = 0.1 has no effect with schedule.name = 'cosine'",
+        ),
         (
             "schedule.decay_steps=10",
             "schedule.decay_steps = 10 has no effect with schedule.name = 'cosine'; remove it or use 'wsd' "
@@ -218,6 +240,7 @@ def test_every_rule_has_a_message_of_one_line(override, message):
         ["student.init=config"],
         ["student.init=config", "student.overrides.num_hidden_layers=6"],
         ["schedule.name=wsd", "schedule.decay_steps=10"],
+        ["schedule.name=wsd", "schedule.decay_share=0.5", "schedule.warmup_share=1", "schedule.decay=sqrt"],
         ["schedule.warmup_steps=100"],
         ["optimizer.max_grad_norm=0"],
         ["optimizer.beta1=0"],
@@ -295,6 +318,7 @@ OTHER_VALUES = {
     "optimizer.max_grad_norm": 0.5,
     "schedule.name": "constant",
     "schedule.warmup_steps": 5,
+    "schedule.warmup_share": 0.2,
     "schedule.final_ratio": 0.0,
     "loader.workers": 2,
     "loader.prefetch_steps": 4,
@@ -310,6 +334,15 @@ OTHER_VALUES = {
     "trainer.document_boundaries": True,
     "evaluation.rows": 20,
     "evaluation.batch_rows": 2,
+    "capture.keep": "drawn",
+    "capture.p": 0.9,
+    "capture.k": 20,
+    "capture.draws": 30,
+    "capture.log_prob_bytes": 2,
+    "capture.hidden_bytes": 1,
+    "capture.temperatures": (2.0, 4.0),
+    "capture.folder": Path("/x/logits"),
+    "capture.batch_rows": 2,
     "trainer.steps": 20,
     "trainer.batch_rows": 6,
     "trainer.microbatch_rows": 3,
@@ -346,14 +379,15 @@ def test_an_override_reaches_every_field(key):
 
 
 def test_the_table_above_names_every_field():
-    """A new field cannot be forgotten here; decay_steps is only allowed together with `wsd`."""
+    """A new field cannot be forgotten here; those of the decay are only allowed together with `wsd`."""
     known = {
         f"{prefix}{name}"
         for prefix, model in sections_of()
         for name, field in model.model_fields.items()
         if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
     }
-    assert known == set(OTHER_VALUES) | {"loss", "schedule.decay_steps", "teachers"}
+    decay = {"schedule.decay_steps", "schedule.decay_share", "schedule.decay"}
+    assert known == set(OTHER_VALUES) | {"loss", "teachers"} | decay
 
 
 def test_an_override_reaches_a_teacher_and_a_member_of_an_ensemble():
@@ -401,6 +435,15 @@ def test_the_default_objective_can_be_overridden_in_part():
     """Without a `loss` section, `loss.1.weight=0.3` changes DDK's gamma and nothing else."""
     terms = build_terms(parse("loss.1.weight=0.3").loss)
     assert [("cross_entropy", 1.0), ("forward_kl", 0.3)] == [(term.name, term.weight) for term in terms]
+
+
+def test_a_weight_that_moves_is_reached_and_comes_back():
+    """Mappings inside a loss, and the resolved config as YAML."""
+    weight = {"schedule": "wsd", "peak": 0.9}
+    terms = [{"name": "cross_entropy", "weight": "rest"}, {"name": "forward_kl", "weight": weight}]
+    config = parse("loss.1.weight.peak=0.5", loss=terms)
+    assert {"schedule": "wsd", "peak": 0.5} == config.loss[1].model_dump()["weight"]
+    assert config == parse_config(yaml.safe_load(yaml.safe_dump(dump_config(config))), where="c.yaml")
 
 
 def test_the_default_policy_can_be_overridden_in_part():
@@ -600,6 +643,7 @@ def test_a_dumped_config_reads_back_unchanged():
     overrides = [
         f"{key}={yaml.safe_dump(list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v)}"
         for key, v in every.items()
+        if key != "schedule.warmup_share"  # never beside warmup_steps
     ]
     for config in (parse(), parse(*[text.removesuffix("\n...\n") for text in overrides])):
         text = yaml.safe_dump(dump_config(config), sort_keys=False)

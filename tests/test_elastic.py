@@ -16,7 +16,7 @@ import yaml
 from ddkmix.config import parse_config
 from ddkmix.setup import train
 from ddkmix.tracking import read_lines
-from tests.conftest import ConfigTree
+from tests.conftest import REPO, ConfigTree
 
 BATCH_ROWS, SEQ_LEN = 12, 16
 CHANGES = {2: {"code": 1.0, "math": 0.0, "prose": 3.0}, 4: {"code": 1.0, "math": 1.0, "prose": 1.0}}
@@ -58,6 +58,7 @@ def torchrun(world_size: int, program: str, *arguments: str, check: bool = True)
     """A program on so many gloo processes of this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world_size)]
     command += ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command.append(str(REPO / "tests" / "rank_program.py"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     result = subprocess.run(
         [*command, program, *arguments], capture_output=True, text=True, timeout=400, env=environment

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ddkmix.errors import RunError
 from ddkmix.metrics import LossWindow
 
 CPU = torch.device("cpu")
@@ -32,14 +33,14 @@ def filled(*batches):
     """A window that has been given these batches."""
     window = LossWindow(TERMS, DOMAINS, CPU)
     for values, domain_ids in batches:
-        window.add(values, domain_ids)
+        window.add(values, domain_ids, WEIGHTS)
     return window
 
 
 def test_means_by_hand():
     """Two tokens of code and one of math: means over tokens, and the objective from the weighted terms."""
     values = torch.tensor([[1.0, 3.0, 8.0], [10.0, 20.0, 0.0]])
-    record = filled((values, torch.tensor([0, 0, 1]))).close(WEIGHTS, alone)
+    record = filled((values, torch.tensor([0, 0, 1]))).close(alone)
     expected = {
         "train/objective": 1.0 * 4 + 0.2 * 10,
         "train/tokens": 3,
@@ -53,9 +54,38 @@ def test_means_by_hand():
     assert expected == record
 
 
+def test_the_objective_of_a_window_is_the_one_that_was_trained():
+    """Weights that move within a window: one token at (1, 0), then two at (1/4, 3/4). With the last weights
+    on the sums of all tokens it would be (5 x 1/4 + 6 x 3/4) / 3 = 1.92, and nobody trained that."""
+    window = LossWindow(TERMS, DOMAINS, CPU)
+    window.add(torch.tensor([[3.0], [4.0]]), torch.tensor([0]), (1.0, 0.0))
+    window.add(torch.tensor([[1.0, 1.0], [1.0, 1.0]]), torch.tensor([0, 1]), (0.25, 0.75))
+    record = window.close(alone)
+    assert (3.0 + 1.0 + 1.0) / 3 == pytest.approx(record["train/objective"])
+    assert (5 / 3, 2.0) == pytest.approx((record["train/cross_entropy"], record["train/forward_kl"]))
+
+
+def test_moving_weights_survive_a_checkpoint_within_the_window():
+    """The sums that are saved know with which weights they were made."""
+    whole, first, second = (LossWindow(TERMS, DOMAINS, CPU) for _ in range(3))
+    for i, weights in enumerate([(1.0, 0.0), (0.5, 0.5), (0.1, 0.9)]):
+        whole.add(*make_tokens(7, seed=i), weights)
+        (first if i < 2 else second).add(*make_tokens(7, seed=i), weights)
+        if i == 1:
+            second.load_json(json.loads(json.dumps(first.to_json(alone))), is_main=True)
+    assert whole.close(alone) == second.close(alone)
+
+
+def test_sums_of_other_terms_are_refused():
+    """A checkpoint of a version without the objective's own sum is not taken for one with it."""
+    saved = filled(make_tokens(9)).to_json(alone)
+    with pytest.raises(RunError, match=r"sums 3 losses where this run sums 4; another version of ddkmix"):
+        filled().load_json(saved[:-1], is_main=True)
+
+
 def test_a_domain_without_a_token_is_left_out():
     """No key says anything about prose, which had no token; the others keep theirs."""
-    record = filled(make_tokens(50, domains=2)).close(WEIGHTS, alone)
+    record = filled(make_tokens(50, domains=2)).close(alone)
     assert not any("prose" in key for key in record)
     assert {"train/cross_entropy/code", "train/forward_kl/math"} < set(record)
 
@@ -64,9 +94,7 @@ def test_every_token_counts_once_however_it_was_batched():
     """Means over tokens, not over batches of different size."""
     values, ids = make_tokens(60)
     batches = [(values[:, part], ids[part]) for part in (slice(0, 1), slice(1, 50), slice(50, 60))]
-    assert filled((values, ids)).close(WEIGHTS, alone) == pytest.approx(
-        filled(*batches).close(WEIGHTS, alone)
-    )
+    assert filled((values, ids)).close(alone) == pytest.approx(filled(*batches).close(alone))
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)
@@ -74,7 +102,7 @@ def test_every_token_counts_once_however_it_was_batched():
 def test_means_equal_the_naive_ones(count, seed):
     """Against plain Python sums over all tokens."""
     values, ids = make_tokens(count, seed=seed)
-    record = filled((values, ids)).close(WEIGHTS, alone)
+    record = filled((values, ids)).close(alone)
     assert count == record["train/tokens"]
     for term, row in zip(TERMS, values.tolist(), strict=True):
         assert math.fsum(row) / count == pytest.approx(record[f"train/{term}"])
@@ -89,9 +117,9 @@ def test_means_equal_the_naive_ones(count, seed):
 def test_closing_starts_anew():
     """The next line of the log knows nothing of the last one."""
     window = filled(make_tokens(9))
-    window.close(WEIGHTS, alone)
-    window.add(torch.tensor([[2.0], [4.0]]), torch.tensor([2]))
-    record = window.close(WEIGHTS, alone)
+    window.close(alone)
+    window.add(torch.tensor([[2.0], [4.0]]), torch.tensor([2]), WEIGHTS)
+    record = window.close(alone)
     assert (1, 2.0, 4.0) == (
         record["train/tokens"],
         record["train/cross_entropy"],
@@ -102,7 +130,7 @@ def test_closing_starts_anew():
 
 def test_an_empty_window_has_no_tokens_and_no_domains():
     """Nothing was predicted: zero tokens, zero losses, no division by zero."""
-    record = LossWindow(TERMS, DOMAINS, CPU).close(WEIGHTS, alone)
+    record = LossWindow(TERMS, DOMAINS, CPU).close(alone)
     expected = {
         "train/objective": 0.0, "train/tokens": 0, "train/cross_entropy": 0.0, "train/forward_kl": 0.0
     }  # fmt: skip
@@ -120,23 +148,23 @@ def test_a_window_split_by_a_checkpoint_is_the_unsplit_one_bit_for_bit(num_batch
     resumed = LossWindow(TERMS, DOMAINS, CPU)
     resumed.load_json(saved, is_main=True)
     for values, ids in after:
-        resumed.add(values, ids)
-    assert filled(*batches).close(WEIGHTS, alone) == resumed.close(WEIGHTS, alone)
+        resumed.add(values, ids, WEIGHTS)
+    assert filled(*batches).close(alone) == resumed.close(alone)
 
 
 def test_a_checkpoint_leaves_the_window_as_it_is():
     """Saving in the middle of a window changes no later line."""
     window, same = filled(make_tokens(9)), filled(make_tokens(9))
     window.to_json(alone)
-    assert same.close(WEIGHTS, alone) == window.close(WEIGHTS, alone)
+    assert same.close(alone) == window.close(alone)
 
 
 def test_means_are_over_the_tokens_of_all_ranks():
     """Two ranks with different numbers of tokens report what one rank with all of them would."""
     first, second = make_tokens(10, seed=1), make_tokens(3, seed=2)
     other = torch.tensor(filled(second).to_json(alone), dtype=torch.float64)
-    record = filled(first).close(WEIGHTS, lambda tensor: tensor + other)
-    assert filled(first, second).close(WEIGHTS, alone) == pytest.approx(record)
+    record = filled(first).close(lambda tensor: tensor + other)
+    assert filled(first, second).close(alone) == pytest.approx(record)
 
 
 def test_saved_sums_are_taken_up_by_one_rank_only():
@@ -152,5 +180,5 @@ def test_saved_sums_are_taken_up_by_one_rank_only():
 def test_a_million_small_losses_are_summed_without_drift():
     """Float32 values are added in float64: the mean of equal values is that value to 1e-12."""
     values = torch.full((2, 1_000_000), 0.1)
-    record = filled((values, torch.zeros(1_000_000, dtype=torch.int64))).close(WEIGHTS, alone)
+    record = filled((values, torch.zeros(1_000_000, dtype=torch.int64))).close(alone)
     assert values[0, 0].item() == pytest.approx(record["train/cross_entropy"], rel=1e-12)

@@ -79,6 +79,21 @@ def test_the_table_is_not_searched_for_imported_names_nor_the_modules_for_table_
     assert "cannot be imported" in message_of({"name": "plain:plain"})
 
 
+def test_the_name_may_be_called_otherwise():
+    """A weight names its `schedule`, and so do its messages; `name` is then a parameter like any other."""
+    assert Plain(size=4) == build({"kind": "plain", "size": 4}, TABLE, where="part", key="kind")
+    for spec, message in (
+        ({"name": "plain"}, "part.kind is missing; known: "),
+        ({"kind": "plan"}, "part.kind = 'plan' is unknown; did you mean 'plain'?"),
+        ({"kind": "no_such_module:Thing"}, "part.kind = 'no_such_module:Thing' cannot be imported"),
+        ({"kind": f"{HERE}:not_a_class"}, f"part.kind = '{HERE}:not_a_class' is not a dataclass"),
+        ({"kind": "plain", "name": "plain"}, "part (plain) has no parameter 'name'"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            build(spec, TABLE, where="part", key="kind")
+        assert str(error.value).startswith(message)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -93,6 +93,24 @@ def test_a_run_resumed_after_any_step_is_the_uninterrupted_run(
         assert not list((part / "checkpoints").glob(".partial*"))
 
 
+def test_weights_that_move_go_on_exactly(tmp_path: Path, tiny_config: Make) -> None:
+    """WSD-alpha with its learning rate, resumed in the warm-up, the stable phase and the decay, within and
+    between log windows: nothing about the weights is saved but the sum of the objective."""
+    wsd = {"name": "wsd", "warmup_steps": 2, "decay_share": 0.5}
+    loss = [
+        {"name": "cross_entropy", "weight": "rest"},
+        {"name": "forward_kl", "weight": {"schedule": "wsd", "peak": 0.9}},
+    ]
+    tree = tiny_config(
+        trainer={"steps": 8, "checkpoint_steps": 1, "keep_checkpoints": 99, "log_steps": 3},
+        schedule=wsd,
+        loss=loss,
+    )
+    full = run(tree, tmp_path / "full")
+    for step in (1, 3, 5, 7):
+        assert_same_outcome(full, run(tree, rewound(full, tmp_path / f"part{step}", step), resume=True))
+
+
 def test_a_lost_optimizer_state_would_be_noticed(tmp_path: Path, tiny_config: Make) -> None:
     """The comparison above can fail: resuming with another checkpoint's optimizer gives other bits."""
     tree = tiny_config(trainer={"steps": 6, "checkpoint_steps": 1, "keep_checkpoints": 99})

@@ -155,4 +155,4 @@ def test_one_model_in_two_teachers_is_loaded_once(tree: ConfigTree) -> None:
     teachers = open_teachers(check(config_of(tree)), torch.device("cpu"))
     assert {"teacher", "expert", "both"} == set(teachers)
     assert isinstance(teachers["teacher"], LiveTeacher)
-    assert teachers["teacher"] is teachers["both"]._members[0]
+    assert teachers["teacher"] is teachers["both"].members[0]

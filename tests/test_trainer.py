@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from ddkmix.config import RunConfig, parse_config
-from ddkmix.errors import ModelError, NumericsError
+from ddkmix.errors import ConfigError, ModelError, NumericsError
 from ddkmix.models import build_student, load_teacher
 from ddkmix.planner import ROW
 from ddkmix.policies.ddk import Ddk
@@ -98,6 +98,69 @@ def test_the_recorded_loss_is_the_objective_of_the_batch(tmp_path: Path, tiny_co
     assert metrics[0]["train/forward_kl"] == pytest.approx(kl.item(), rel=1e-4)
     assert metrics[0]["train/objective"] == pytest.approx((ce + 0.2 * kl).item(), rel=1e-5)
     assert metrics[0]["train/tokens"] == int(valid.sum())
+
+
+MOVING = [
+    {"name": "cross_entropy", "weight": "rest"},
+    {"name": "forward_kl", "weight": {"schedule": "wsd", "peak": 0.9}, "temperature": 2.0},
+]
+"""Pre-training distillation's objective."""
+
+
+def test_the_weights_in_force_are_logged_and_are_those_of_the_objective(
+    tmp_path: Path, tiny_config: Make
+) -> None:
+    """Every line holds (1 - alpha) x cross-entropy + alpha x KL with the alpha of its step, by hand."""
+    schedule = {"name": "wsd", "warmup_steps": 2, "decay_steps": 4, "final_ratio": 0.1}
+    tree = tiny_config(trainer={"steps": 8}, loss=MOVING, schedule=schedule)
+    _, metrics, _ = trained(tree, tmp_path / "run")
+    half = math.sqrt(0.5) / 2
+    alphas = [0.45, 0.9, 0.9, 0.9, *(0.9 * x for x in (0.5 + half, 0.5, 0.5 - half, 0.0))]
+    assert alphas == pytest.approx([line["loss/weight/forward_kl"] for line in metrics], abs=1e-12)
+    for alpha, line in zip(alphas, metrics, strict=True):
+        assert 1 - alpha == pytest.approx(line["loss/weight/cross_entropy"])
+        expected = (1 - alpha) * line["train/cross_entropy"] + alpha * line["train/forward_kl"]
+        assert expected == pytest.approx(line["train/objective"], rel=1e-6)
+
+
+def test_the_objective_of_a_window_is_the_mean_over_its_tokens(tmp_path: Path, tiny_config: Make) -> None:
+    """One line for three steps: the token-weighted mean of the three steps' objectives, although the weights
+    moved; with the last weights it would be another number. Micro-batches change nothing."""
+    loss = [
+        {"name": "cross_entropy", "weight": "rest"},
+        {"name": "forward_kl", "weight": {"schedule": "linear", "start": 1, "end": 0}},
+    ]
+    tree = tiny_config(trainer={"steps": 3}, loss=loss)
+    _, each, _ = trained(tree, tmp_path / "each")
+    tree["trainer"] |= {"log_steps": 3, "microbatch_rows": 4}
+    _, (window,), _ = trained(tree, tmp_path / "window")
+    tokens = sum(line["train/tokens"] for line in each)
+    expected = sum(line["train/objective"] * line["train/tokens"] for line in each) / tokens
+    assert expected == pytest.approx(window["train/objective"], rel=1e-5)
+    last = each[-1]
+    wrong = sum(last[f"loss/weight/{n}"] * window[f"train/{n}"] for n in ("cross_entropy", "forward_kl"))
+    assert wrong != pytest.approx(window["train/objective"], rel=1e-2)
+
+
+def test_a_step_of_moving_weights_is_the_step_of_those_weights(tmp_path: Path, tiny_config: Make) -> None:
+    """The gradient, not only the log: one step at alpha = 0.45 ends at the very parameters of one step with
+    the constant weights 0.55 and 0.45."""
+    from safetensors.torch import load_file
+
+    sizes = {"steps": 1}
+    constant = [{**MOVING[0], "weight": 1 - 0.45}, {**MOVING[1], "weight": 0.45}]
+    moving = [MOVING[0], {**MOVING[1], "weight": {"schedule": "linear", "start": 0.45, "end": 0.9}}]
+    for name, loss in (("constant", constant), ("moving", moving)):
+        trained(tiny_config(trainer=sizes, loss=loss), tmp_path / name)
+    first, second = (load_file(tmp_path / n / "student/model.safetensors") for n in ("constant", "moving"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_weights_that_do_not_fit_the_run_are_refused_before_it(tmp_path: Path, tiny_config: Make) -> None:
+    """`lint` and `train` say so: an alpha that follows a learning rate which has no decay."""
+    config = parse_config(tiny_config(loss=MOVING), where="test")
+    with pytest.raises(ConfigError, match=r"schedule.name = 'cosine'; use a 'wsd' learning rate"):
+        check(config)
 
 
 @pytest.fixture

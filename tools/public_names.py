@@ -28,6 +28,7 @@ sys.path.insert(0, str(REPO))  # the package of this tree, wherever we are calle
 
 PUBLIC = (
     "ddkmix",
+    "ddkmix.batch",
     "ddkmix.config",
     "ddkmix.errors",
     "ddkmix.own_rows",

@@ -3,13 +3,14 @@
 A loss is a frozen dataclass whose fields are its parameters in a config; called with the student's logits of
 a chunk of tokens and the teacher's signal, it gives the loss of each token. Those files load no torch when
 imported, so that `lint` can check a config at once. To add a loss: write the file, and add a line to
-`LOSSES`. Outside the package: `name: package.module:Class`.
+`LOSSES`. Outside the package: `name: package.module:Class`. Their weights are numbers, or move: `weights`.
 
 Axis letters: n tokens that are predicted, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from ddkmix.config import Named
@@ -17,11 +18,39 @@ from ddkmix.errors import ConfigError
 from ddkmix.losses.cross_entropy import CrossEntropy
 from ddkmix.losses.forward_kl import ForwardKL
 from ddkmix.losses.gold import GOLD
+from ddkmix.losses.hidden_match import HiddenMatch
+from ddkmix.losses.jsd import JSD
+from ddkmix.losses.mse import MSE
+from ddkmix.losses.nll import NLL
+from ddkmix.losses.ranking import Ranking
 from ddkmix.losses.reverse_kl import ReverseKL
+from ddkmix.losses.sinkhorn import Sinkhorn
+from ddkmix.losses.skew_kl import SkewKL
+from ddkmix.losses.skew_reverse_kl import SkewReverseKL
+from ddkmix.losses.total_variation import TotalVariation
 from ddkmix.losses.uld import ULD
+from ddkmix.losses.weights import Rest, WeightSchedule, build_weight, weights_at
 from ddkmix.plugins import build
+from ddkmix.sections import Schedule
 
-__all__ = ["GOLD", "LOSSES", "ULD", "CrossEntropy", "ForwardKL", "ReverseKL", "TokenLoss"]
+__all__ = [
+    "GOLD",
+    "JSD",
+    "LOSSES",
+    "MSE",
+    "NLL",
+    "ULD",
+    "CrossEntropy",
+    "ForwardKL",
+    "HiddenMatch",
+    "Ranking",
+    "ReverseKL",
+    "Sinkhorn",
+    "SkewKL",
+    "SkewReverseKL",
+    "TokenLoss",
+    "TotalVariation",
+]
 
 
 @runtime_checkable
@@ -55,11 +84,22 @@ class TokenLoss(Protocol):
 LOSSES: dict[str, type] = {
     "cross_entropy": CrossEntropy,
     "forward_kl": ForwardKL,
-    "reverse_kl": ReverseKL,
-    "uld": ULD,
     "gold": GOLD,
+    "hidden_match": HiddenMatch,
+    "jsd": JSD,
+    "mse": MSE,
+    "nll": NLL,
+    "ranking": Ranking,
+    "reverse_kl": ReverseKL,
+    "sinkhorn": Sinkhorn,
+    "skew_kl": SkewKL,
+    "skew_reverse_kl": SkewReverseKL,
+    "total_variation": TotalVariation,
+    "uld": ULD,
 }
 """The losses that a config can name."""
+
+_STEPS_TRIED = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +108,10 @@ class LossTerm:
 
     name: str
     weight: float
+    """In force. Not a number where there is a `schedule`, until `terms_at` says which step it is."""
     loss: TokenLoss
+    schedule: WeightSchedule | Rest | None = None
+    """How the weight moves; None where it is constant."""
 
 
 def build_terms(specs: Sequence[Named]) -> tuple[LossTerm, ...]:
@@ -80,13 +123,107 @@ def build_terms(specs: Sequence[Named]) -> tuple[LossTerm, ...]:
     terms = []
     for i, spec in enumerate(specs):
         parameters = spec.model_dump()
-        weight = parameters.pop("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e6:
-            raise ConfigError(f"loss.{i}.weight = {weight!r}; a loss weight is a finite number >= 0.")
-        terms.append(LossTerm(spec.name, float(weight), build(parameters, LOSSES, where=f"loss.{i}")))
-    if not any(term.weight > 0 for term in terms):
+        weight = build_weight(parameters.pop("weight", 1.0), where=f"loss.{i}.weight")
+        loss = build(parameters, LOSSES, where=f"loss.{i}")
+        if isinstance(weight, float):
+            terms.append(LossTerm(spec.name, weight, loss))
+        else:
+            terms.append(LossTerm(spec.name, math.nan, loss, weight))
+    if all(term.weight == 0 for term in terms):
         raise ConfigError("loss: every weight is 0 or there is no term; nothing would be learnt.")
     names = [term.name for term in terms]
     if len(set(names)) < len(names):
         raise ConfigError(f"loss: {names} names a loss twice; metrics need each name once.")
+    if terms and all(isinstance(term.loss, HiddenMatch) for term in terms):
+        raise ConfigError(
+            "loss: hidden_match teaches nothing about the next token; name another loss beside it, if only "
+            "to watch it: {name: cross_entropy, weight: 0}."
+        )
+    resting = [term.name for term in terms if isinstance(term.schedule, Rest)]
+    if len(resting) > 1:
+        raise ConfigError(f"loss: {resting} both have the weight `rest`; only one term can have it.")
     return tuple(terms)
+
+
+def check_terms(terms: Sequence[LossTerm], kind: str) -> None:
+    """Refuse losses that the teacher's signal cannot serve, before anything expensive starts.
+
+    Args:
+        terms: the objective.
+        kind: of the signal: `dense`, or of a truncated one `bucket`, `renormalize`, `drop` or `drawn`.
+
+    Raises:
+        ConfigError: a term is not defined for such a signal.
+    """
+    for i, term in enumerate(terms):
+        accepts = getattr(term.loss, "accepts", frozenset({"dense"}))
+        kinds = getattr(term.loss, "kinds", accepts)
+        if not term.loss.needs_teacher or kind in kinds:
+            continue
+        adapt = getattr(term.loss, "adapt", "fixed")
+        by_adapt = kind in accepts and adapt != "fixed"
+        what = f" with adapt: {adapt}" if by_adapt else ""
+        raise ConfigError(
+            f"loss.{i} ({term.name}){what} is not defined for a teacher signal of the kind {kind!r}, only "
+            f"for {', '.join(sorted(kinds))}; {_way_out(kind, kinds, by_adapt=by_adapt)}"
+        )
+
+
+def _way_out(kind: str, kinds: frozenset[str], *, by_adapt: bool) -> str:
+    if by_adapt:
+        return "leave out adapt, or use the live teacher."
+    others = [name for name, cls in LOSSES.items() if kind in getattr(cls, "accepts", ())]
+    other = f"or use one of {', '.join(others)}."
+    if kind in ("renormalize", "drop") and "bucket" in kinds:
+        return f"set the signal's tail to bucket, {other}"
+    if kind == "drawn" and "bucket" in kinds:
+        return f"capture without random draws, {other}"
+    return f"use the live teacher, {other}"
+
+
+def token_multiple(terms: Sequence[LossTerm]) -> int:
+    """What the number of tokens in a call of these terms has to be a multiple of, but for the last tokens.
+
+    1 unless a loss compares tokens with each other, as `Sinkhorn` does within groups; it names its own
+    multiple in `token_multiple`.
+    """
+    return math.lcm(*(getattr(term.loss, "token_multiple", 1) for term in terms))
+
+
+def terms_at(terms: Sequence[LossTerm], step: int, steps: int, schedule: Schedule) -> tuple[LossTerm, ...]:
+    """The terms with the weights in force at a step.
+
+    Args:
+        terms: what `build_terms` gave.
+        step: optimizer step, counted from 0.
+        steps: optimizer steps of the run.
+        schedule: that of the run's learning rate.
+
+    Raises:
+        ConfigError: a schedule gives no weight at this step.
+    """
+    weights = weights_at(_rules(terms), step, steps, schedule)
+    return tuple(replace(term, weight=weight) for term, weight in zip(terms, weights, strict=True))
+
+
+def check_weights(terms: Sequence[LossTerm], steps: int, schedule: Schedule) -> None:
+    """Try the steps of a run (of a long one 10,000, evenly spread), so that none of them ends it.
+
+    Args:
+        terms: what `build_terms` gave.
+        steps: optimizer steps of the run.
+        schedule: that of the run's learning rate.
+
+    Raises:
+        ConfigError: a step at which a schedule gives no weight, or no step at which any weight is above 0.
+    """
+    if all(term.schedule is None for term in terms):
+        return
+    tried = [*range(0, steps, 1 + steps // _STEPS_TRIED), steps - 1]
+    weights = [weights_at(_rules(terms), step, steps, schedule) for step in tried]
+    if not any(any(of_step) for of_step in weights):
+        raise ConfigError(f"loss: every weight is 0 at all {steps} steps; nothing would be learnt.")
+
+
+def _rules(terms: Sequence[LossTerm]) -> list[float | WeightSchedule | Rest]:
+    return [term.weight if term.schedule is None else term.schedule for term in terms]

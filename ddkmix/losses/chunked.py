@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddkmix.batch import Head, Signal
-from ddkmix.losses import LossTerm
+from ddkmix.losses import LossTerm, token_multiple
 from ddkmix.losses.closed_form import LogProbs, keeps_up, logit_gradient
 from ddkmix.losses.logits import Block, Projection, blocks, compute_type, teacher_chunks
 
@@ -44,10 +44,12 @@ class ChunkedObjective(torch.autograd.Function):
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
         values = hidden.new_empty((len(terms), len(hidden)), dtype=compute_type(hidden))
         token_weight = token_weight.to(values.dtype)
+        multiple = token_multiple(terms)
+        assert chunk_tokens % multiple == 0, "a group of tokens must not be cut"
         for start in range(0, len(hidden), chunk_tokens):
             part = slice(start, min(start + chunk_tokens, len(hidden)))
             raw, said = student.project(part), teacher(part)
-            for rows in blocks(len(raw), student.classes, raw.device):
+            for rows in blocks(len(raw), student.classes, raw.device, multiple):
                 here = slice(start + rows.start, start + rows.stop)
                 logits, about = student.finish(raw[rows]), said(rows)
                 if not gradients.wanted:

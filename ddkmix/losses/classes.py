@@ -22,31 +22,37 @@ def kind_of(teacher: Tensor | TruncatedSignal) -> str:
     return teacher.tail if teacher.draws is None else "drawn"
 
 
-def class_log_probs(
-    student_logits: Float[Tensor, "n V"],
-    teacher: Float[Tensor, "n V"] | TruncatedSignal,
-    student_temperature: float,
-    teacher_temperature: float,
-) -> tuple[Float[Tensor, "n C"], Float[Tensor, "n C"]]:
-    """Log-probabilities of student and teacher; C is V, or K + 1 for a truncated signal (tail `bucket`)."""
-    said = LogProbs(teacher) if isinstance(teacher, Tensor) else teacher
-    return log_probs_of(LogProbs(student_logits), said, student_temperature, teacher_temperature)
+def all_classes(teacher: LogProbs | TruncatedSignal, vocab_size: int) -> LogProbs | TruncatedSignal:
+    """A renormalised signal as logits of all classes, -inf in those that were not kept; others as they are.
+
+    Softmax of them at any temperature is the published truncation, softmax(Truncate(z) / temperature)
+    (arXiv 2410.16215, Eq. 4).
+    """
+    if isinstance(teacher, LogProbs) or kind_of(teacher) != "renormalize":
+        return teacher
+    logits = teacher.log_probs.new_full((len(teacher.ids), vocab_size), -math.inf)
+    # unused places repeat a class with -inf, which must not overwrite it
+    return LogProbs(logits.scatter_reduce(1, teacher.ids, teacher.log_probs, "amax"))
 
 
 def log_probs_of(
     student: LogProbs,
     teacher: LogProbs | TruncatedSignal,
-    student_temperature: float,
-    teacher_temperature: float,
+    student_temperature: float | Float[Tensor, " n"],
+    teacher_temperature: float | Float[Tensor, " n"],
 ) -> tuple[Float[Tensor, "n C"], Float[Tensor, "n C"]]:
-    """The same of log-probabilities that several losses share."""
+    """Log-probabilities of both; C is V, or K + 1 for a truncated signal with the tail `bucket`."""
     log_q = student.at(student_temperature)
     if isinstance(teacher, LogProbs):
         return log_q, teacher.at(teacher_temperature)
+    assert kind_of(teacher) == "bucket", "no losses are given what they do not accept"
+    assert isinstance(teacher_temperature, float)
     log_p = entry_log_probs(teacher, teacher_temperature)
     kept = log_q.gather(1, teacher.ids).masked_fill(log_p == -math.inf, -math.inf)
     rest = log_q.scatter(1, teacher.ids, -math.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([kept, rest], dim=1), torch.cat([log_p, log_complement(log_p)], dim=1)
+    # where every class was kept there is no rest, whatever rounding has left of the teacher's
+    outside = log_complement(log_p).masked_fill(rest == -math.inf, -math.inf)
+    return torch.cat([kept, rest], dim=1), torch.cat([log_p, outside], dim=1)
 
 
 def entry_log_probs(teacher: TruncatedSignal, temperature: float) -> Float[Tensor, "n K"]:

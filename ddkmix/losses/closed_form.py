@@ -45,7 +45,7 @@ class Slope:
 
     temperature: float | Float[Tensor, " n"] = 1.0
     """Of the log_q that it belongs to."""
-    factor: float = 1.0
+    factor: float | Float[Tensor, " n"] = 1.0
     dense: Float[Tensor, "n V"] | None = None
     """Of every class."""
     ids: Int[Tensor, "n K"] | None = None

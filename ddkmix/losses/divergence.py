@@ -12,6 +12,16 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 TemperatureOn = Literal["both", "teacher"]
+Adapt = Literal["fixed", "norm_kd", "wttm", "adakd_sd", "adakd_h"]
+
+NEEDS_ALL_LOGITS = frozenset({"norm_kd", "adakd_sd", "adakd_h"})
+"""Their temperature differs from token to token, and no store holds the teacher at all of them."""
+
+
+def kinds_of(adapt: Adapt, accepts: frozenset[str]) -> frozenset[str]:
+    """What is left of the kinds of signals that a divergence accepts, with this way to choose
+    temperatures."""
+    return accepts & {"dense"} if adapt in NEEDS_ALL_LOGITS else accepts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,15 +35,35 @@ class Divergence:
     scale_by_temperature: bool = True
     """Multiply value and gradient by temperature**2 (`both`), without which the gradient would shrink
     with it (Hinton et al. 2015, arXiv 1503.02531). Has no effect with `teacher`."""
+    adapt: Adapt = "fixed"
+    """How `temperature` becomes that of a token. `fixed`: it is. `norm_kd`: times the standard deviation of
+    the logits (arXiv 2308.00520). `wttm`: it is, and the token's loss is weighted with sum_v
+    p**(1/temperature) (arXiv 2402.11148). `adakd_sd`, `adakd_h`: between 1 and `temperature`, by the
+    standard deviation or the entropy of p (reconstructed: arXiv 2410.16215 has no formula that could be
+    read)."""
+    scale_power: ClassVar[int] = 2
+    """Power of the temperature with which the divergence and its gradient fall."""
     needs_teacher: ClassVar[bool] = True
     """Whether it looks at the teacher."""
     accepts: ClassVar[frozenset[str]] = frozenset({"dense", "bucket"})
     """Kinds of signals that it is defined for: `dense`, a `tail` of TruncatedSignal, or `drawn`."""
 
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself."""
+        if self.adapt == "wttm" and self.temperature_on != "teacher":
+            raise ValueError("adapt: wttm tempers the teacher alone; write temperature_on: teacher beside it")
+        if self.adapt == "norm_kd" and self.temperature_on != "both":
+            raise ValueError("adapt: norm_kd tempers both sides; leave out temperature_on")
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Kinds of signals that it is defined for with these parameters."""
+        return kinds_of(self.adapt, self.accepts)
+
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """Temperatures at which the teacher's probabilities are wanted."""
-        return (self.temperature,)
+        """Temperatures at which the teacher's probabilities are wanted; none where it differs by token."""
+        return () if self.adapt in NEEDS_ALL_LOGITS else (self.temperature,)
 
     def between(self, log_q: Any, log_p: Any) -> Any:
         """The divergence of each token.
@@ -65,19 +95,23 @@ class Divergence:
 
     def value_and_slope(self, student: Any, teacher: Any, labels: Any) -> tuple[Any, Any]:
         """What `__call__` gives, and its derivative; see `TokenLoss`."""
-        from ddkmix.losses import classes, closed_form
+        from ddkmix.losses import classes, closed_form, temperature
 
-        log_q, log_p = classes.log_probs_of(student, teacher, self.student_temperature, self.temperature)
+        tempered = self.tempering(student, teacher)
+        teacher = classes.all_classes(teacher, student.logits.shape[1])
+        log_q, log_p = classes.log_probs_of(student, teacher, tempered.student, tempered.teacher)
         if closed_form.keeps_up(type(self), "between_and_slope", "between"):
             values, slope = self.between_and_slope(log_q, log_p)
         else:
             values, slope = closed_form.by_autograd(self.between, log_q, log_p)
-        whole = closed_form.Slope(temperature=self.student_temperature, factor=self.scale)
+        values = tempered.factor * values
+        whole = closed_form.Slope(temperature=tempered.student, factor=tempered.factor)
         if isinstance(teacher, closed_form.LogProbs):
-            return self.scale * values, replace(whole, dense=slope)
+            if self.adapt == "norm_kd":
+                slope = slope + temperature.through_deviation(student.logits, log_q, slope, self.temperature)
+            return values, replace(whole, dense=slope)
         entries, rest, log_q_rest = slope[:, :-1], slope[:, -1:], log_q[:, -1:]
-        slope = replace(whole, ids=teacher.ids, entries=entries, rest=rest, log_q_rest=log_q_rest)
-        return self.scale * values, slope
+        return values, replace(whole, ids=teacher.ids, entries=entries, rest=rest, log_q_rest=log_q_rest)
 
     def __call__(self, student_logits: Any, teacher: Any, labels: Any) -> Any:
         """The divergence of each token.
@@ -88,12 +122,39 @@ class Divergence:
             labels: not looked at.
 
         Returns:
-            (n,) float32, nats per token, times temperature**2 if so scaled.
+            (n,) float32, nats per token, times the factor of its temperature if so scaled.
         """
-        from ddkmix.losses.classes import class_log_probs
+        from ddkmix.losses import classes, closed_form
 
-        log_q, log_p = class_log_probs(student_logits, teacher, self.student_temperature, self.temperature)
-        return self.scale * self.between(log_q, log_p)
+        student = closed_form.LogProbs(student_logits)
+        said = teacher if hasattr(teacher, "log_probs") else closed_form.LogProbs(teacher)
+        tempered = self.tempering(student, said)
+        said = classes.all_classes(said, student_logits.shape[1])
+        log_q, log_p = classes.log_probs_of(student, said, tempered.student, tempered.teacher)
+        return tempered.factor * self.between(log_q, log_p)
+
+    def tempering(self, student: Any, teacher: Any) -> Any:
+        """What divides the logits of each side, and what the divergence is multiplied by.
+
+        Args:
+            student: its `LogProbs`.
+            teacher: its `LogProbs`, or a TruncatedSignal of the same tokens.
+
+        Returns:
+            A `ddkmix.losses.temperature.Tempering`: numbers for all tokens, or (n,) for each.
+        """
+        from ddkmix.losses import temperature
+
+        both = self.temperature_on == "both"
+        power = self.scale_power if self.scale_by_temperature else 0
+        if self.adapt == "norm_kd":
+            return temperature.norm_kd(self.temperature, student.logits, teacher.logits, power)
+        if self.adapt in ("adakd_sd", "adakd_h"):
+            return temperature.ada_kd(self.adapt, self.temperature, teacher.at(1.0), power, both=both)
+        factor = temperature.power_sum(teacher, self.temperature) if self.adapt == "wttm" else self.scale
+        return temperature.Tempering(
+            student=self.student_temperature, teacher=self.temperature, factor=factor
+        )
 
     @property
     def student_temperature(self) -> float:
@@ -104,4 +165,4 @@ class Divergence:
     def scale(self) -> float:
         """Factor on value and gradient."""
         scaled = self.scale_by_temperature and self.temperature_on == "both"
-        return self.temperature**2 if scaled else 1.0
+        return self.temperature**self.scale_power if scaled else 1.0

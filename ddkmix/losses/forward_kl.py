@@ -37,43 +37,47 @@ class ForwardKL(Divergence):
 
     def between(self, log_q: Any, log_p: Any) -> Any:
         """sum_v p (log p - log q)."""
-        return _weighted(log_p.exp(), log_p - log_q)
+        return _weighted(log_p.exp(), self._nats(log_q, log_p))
 
     def between_and_slope(self, log_q: Any, log_p: Any) -> tuple[Any, Any]:
         """Its derivative by log q is -p."""
         p = log_p.exp()
-        return _weighted(p, log_p - log_q), -p
+        return _weighted(p, self._nats(log_q, log_p)), -p
 
     def __call__(self, student_logits: Any, teacher: Any, labels: Any) -> Any:
-        """KL of each token; see `Divergence.__call__` for the arguments."""
-        from ddkmix.losses import classes
+        """The sum of each token; see `Divergence.__call__` for the arguments."""
+        from ddkmix.losses import classes, closed_form
 
         if classes.kind_of(teacher) in ("dense", "bucket"):
             return Divergence.__call__(self, student_logits, teacher, labels)
-        log_q = (student_logits / self.student_temperature).log_softmax(-1)
-        return self._over_entries(log_q, teacher)[0]
+        return self._over_entries(closed_form.LogProbs(student_logits), teacher)[0]
 
     def value_and_slope(self, student: Any, teacher: Any, labels: Any) -> tuple[Any, Any]:
-        """KL and its derivative, -p of every class or the weights of the entries; see `TokenLoss`."""
+        """The sum and its derivative, -p of every class or the weights of the entries; see `TokenLoss`."""
         from ddkmix.losses import classes, closed_form
 
         if isinstance(teacher, closed_form.LogProbs) or classes.kind_of(teacher) == "bucket":
             return Divergence.value_and_slope(self, student, teacher, labels)
-        values, weights = self._over_entries(student.at(self.student_temperature), teacher)
-        slope = closed_form.Slope(
-            temperature=self.student_temperature, factor=self.scale, ids=teacher.ids, entries=-weights
-        )
-        return values, slope
+        return self._over_entries(student, teacher)
 
-    def _over_entries(self, log_q: Any, teacher: Any) -> tuple[Any, Any]:
-        """The sum over a truncated signal's entries alone, and what each entry counts."""
-        from ddkmix.losses import classes
+    def _over_entries(self, student: Any, teacher: Any) -> tuple[Any, Any]:
+        """The sum over a truncated signal's entries alone, and its slope."""
+        from ddkmix.losses import classes, closed_form
 
+        tempered = self.tempering(student, teacher)
         weights = classes.entry_weights(teacher, self.temperature)
         log_p = weights.log() if teacher.draws is None else classes.entry_log_probs(teacher, self.temperature)
-        return self.scale * _weighted(weights, log_p - log_q.gather(1, teacher.ids)), weights
+        log_q = student.at(tempered.student).gather(1, teacher.ids)
+        slope = closed_form.Slope(
+            temperature=tempered.student, factor=tempered.factor, ids=teacher.ids, entries=-weights
+        )
+        return tempered.factor * _weighted(weights, self._nats(log_q, log_p)), slope
+
+    def _nats(self, log_q: Any, log_p: Any) -> Any:
+        """What is averaged over p."""
+        return log_p - log_q
 
 
-def _weighted(p: Any, difference: Any) -> Any:
-    """sum_v p x difference, where p = 0 adds nothing although 0 x inf would be nan."""
-    return (p * difference).masked_fill(p == 0, 0.0).sum(-1)
+def _weighted(p: Any, nats: Any) -> Any:
+    """sum_v p x nats, where p = 0 adds nothing although 0 x inf would be nan."""
+    return (p * nats).masked_fill(p == 0, 0.0).sum(-1)

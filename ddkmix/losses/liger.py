@@ -78,6 +78,8 @@ def why_not(
         return "needs the hidden states of one teacher"
     if others or len(divergences) != 1:
         return f"computes cross_entropy and one of forward_kl and reverse_kl, not {[t.name for t in terms]}"
+    if divergences[0].adapt != "fixed":  # type: ignore[attr-defined]
+        return "has one temperature for all tokens"
     if divergences[0].temperature_on != "both" and divergences[0].temperature != 1.0:  # type: ignore[attr-defined]
         return "divides the logits of both sides by the temperature"
     if any(h.scale != 1.0 or h.softcap is not None for h in (head, signal.head)):

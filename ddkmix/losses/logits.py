@@ -16,9 +16,9 @@ from ddkmix.losses.closed_form import LogProbs
 Block = LogProbs | TruncatedSignal | None
 """What a teacher says about some rows of a chunk."""
 
-_BLOCK_ELEMENTS = {"cpu": 2**19}
+_BLOCK_ELEMENTS = {"cpu": 2**20}
 _BLOCK_ELEMENTS_ELSEWHERE = 2**24
-"""Logits of a block: 2 MB, which a CPU's cache holds; on a GPU large enough to hide the launches."""
+"""Logits of a block: 4 MB, which a CPU's cache holds; on a GPU large enough to hide the launches."""
 
 
 def compute_type(hidden: Tensor) -> torch.dtype:
@@ -26,10 +26,10 @@ def compute_type(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-def blocks(tokens: int, classes: int, device: torch.device) -> Iterator[slice]:
-    """Rows of a chunk that losses look at together."""
+def blocks(tokens: int, classes: int, device: torch.device, multiple: int = 1) -> Iterator[slice]:
+    """Rows of a chunk that losses look at together: a multiple of `multiple`, but for the last."""
     elements = _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS_ELSEWHERE)
-    rows = max(1, elements // classes)
+    rows = max(1, elements // classes // multiple) * multiple
     return (slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows))
 
 
@@ -52,8 +52,10 @@ class Projection:
     def project(self, part: slice) -> Float[Tensor, "c V"]:
         """h W^T + b of a chunk, before scale and soft cap; it is gone with the next chunk."""
         hidden = self._hidden[part]
-        raw = torch.mm(hidden, self.weight.T, out=self._buffer[: len(hidden)])
-        return raw if self._bias is None else raw.add_(self._bias)
+        out = self._buffer[: len(hidden)]
+        if self._bias is None:
+            return torch.mm(hidden, self.weight.T, out=out)
+        return torch.addmm(self._bias, hidden, self.weight.T, out=out)  # rounded once
 
     def finish(self, raw: Float[Tensor, "b V"]) -> Float[Tensor, "b V"]:
         """The logits of a block."""

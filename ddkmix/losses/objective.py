@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -10,13 +9,14 @@ from torch import Tensor
 
 from ddkmix.batch import DenseSignal, EnsembleSignal, Head, Signal, TruncatedSignal
 from ddkmix.errors import ConfigError, ModelError, NumericsError
-from ddkmix.losses import LossTerm
+from ddkmix.losses import LossTerm, check_terms, token_multiple
 from ddkmix.losses.chunked import ChunkedObjective
 from ddkmix.losses.classes import kind_of
+from ddkmix.losses.hidden_match import HiddenMatch
 from ddkmix.losses.liger import liger_objective
 from ddkmix.losses.reference import logits_of, reference_objective
 
-Implementation = Literal["chunked", "reference", "liger"]
+IMPLEMENTATIONS = ("chunked", "reference", "liger")
 """`chunked` needs little memory, `reference` is for reading and for tests, `liger` is another's kernel."""
 
 _FEWEST_TOKENS = 64
@@ -36,7 +36,7 @@ def distillation_objective(
     terms: Sequence[LossTerm],
     *,
     signal: Signal | None = None,
-    impl: Implementation = "chunked",
+    impl: str = "chunked",
     chunk_tokens: int | None = None,
     memory_mb: float = 512.0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "terms n"]]:
@@ -56,7 +56,8 @@ def distillation_objective(
         impl: `chunked` (never holds a tokens x vocabulary tensor), `reference` (whole logits and autograd,
             the same to rounding), or `liger` (liger-kernel's chunked loss, where that computes the same; its
             values are means over the tokens).
-        chunk_tokens: tokens whose logits exist at one time; None: as many as `memory_mb` holds.
+        chunk_tokens: tokens whose logits exist at one time; None: as many as `memory_mb` holds. Raised to a
+            multiple of what a loss over groups of tokens needs (`token_multiple`).
         memory_mb: megabytes for logits where `chunk_tokens` is None; 64 tokens are the least.
 
     Raises:
@@ -76,6 +77,8 @@ def distillation_objective(
             objective, values = liger_objective(hidden, head, labels, token_weight, terms, signal)
         else:
             size = chunk_tokens or tokens_within(memory_mb, hidden, head, signal)
+            multiple = token_multiple(terms)
+            size = -(-size // multiple) * multiple
             objective, values = ChunkedObjective.apply(  # type: ignore[no-untyped-call]
                 hidden, head.weight, head.bias, head, labels, token_weight, tuple(terms), signal, size
             )
@@ -115,12 +118,10 @@ def _detached(head: Head) -> Head:
     return replace(head, weight=head.weight.detach(), bias=bias)
 
 
-def _check(
-    hidden: Tensor, head: Head, terms: Sequence[LossTerm], signal: Signal | None, impl: Implementation
-) -> None:
+def _check(hidden: Tensor, head: Head, terms: Sequence[LossTerm], signal: Signal | None, impl: str) -> None:
     """What would otherwise end in an error from inside torch, or in a wrong number."""
-    if impl not in get_args(Implementation):
-        raise ConfigError(f"impl = {impl!r}; it is one of {', '.join(get_args(Implementation))}.")
+    if impl not in IMPLEMENTATIONS:
+        raise ConfigError(f"impl = {impl!r}; it is one of {', '.join(IMPLEMENTATIONS)}.")
     if hasattr(head.weight, "placements"):
         raise ModelError(
             "the student's output weights are a shard (DTensor); FSDP gathers them in the forward pass of "
@@ -128,12 +129,13 @@ def _check(
         )
     kind = kind_of(signal) if isinstance(signal, TruncatedSignal) else "dense"
     for term in terms:
-        accepted = getattr(term.loss, "accepts", {"dense"})
-        if term.loss.needs_teacher and signal is not None and kind not in accepted:
+        if isinstance(term.loss, HiddenMatch):
             raise ConfigError(
-                f"loss {term.name} is not defined for the teacher's signal, which is {kind!r}; "
-                f"it accepts {', '.join(sorted(accepted))}."
+                f"loss {term.name} compares hidden states of other layers, which are not here; give them to "
+                "ddkmix.matching.Matching and add its values."
             )
+    if signal is not None:
+        check_terms(terms, kind)
     members = signal.members if isinstance(signal, EnsembleSignal) else (signal,)
     for member in members:
         if isinstance(member, DenseSignal) and _classes(member.head) != _classes(head):
@@ -159,6 +161,6 @@ def _accuse_the_teacher(signal: Signal, tokens: Int[Tensor, " m"]) -> None:
         if nan or infinite:
             raise NumericsError(
                 f"the teacher's {name} hold {'NaN' if nan else '+inf'} at predicted token {token} of the "
-                f"batch ({len(tokens)} tokens have a loss that is not finite); only -inf, an excluded class, is "
-                "allowed. Use a wider teacher.dtype, or mend the checkpoint or the store."
+                f"batch ({len(tokens)} losses are not finite); only -inf, an excluded class, is allowed. "
+                "Use a wider teacher.dtype, or mend the checkpoint or the store."
             )
