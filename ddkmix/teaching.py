@@ -114,7 +114,7 @@ def open_teachers(prepared: Prepared, device: torch.device) -> dict[str, LiveTea
         )
         for name, config in teachers.models.items()
     }
-    opened: dict[str, OneTeacher] = {}
+    opened: dict[str, LiveTeacher | EnsembleTeacher] = {}
     for name, shares in teachers.members.items():
         members = [models[member] for member in shares]
         alone = len(members) == 1
