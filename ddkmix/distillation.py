@@ -4,15 +4,16 @@ DDP, FSDP and ZeRO act through hooks on the wrapped module's forward. The output
 it, and never by its parameters from outside, so those hooks see every use.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ddkmix.batch import CrossSignal, DenseSignal, RoutedSignal, Signal
+from ddkmix.batch import CrossSignal, DenseSignal, Head, RoutedSignal, Signal
 from ddkmix.boundaries import check_isolation, document_positions
 from ddkmix.errors import ConfigError
 from ddkmix.losses import LossTerm
@@ -76,7 +77,7 @@ class DistillationModel(nn.Module):
         """
         others = [term for term in terms if not isinstance(term.loss, HiddenMatch)]
         if len(others) == len(terms):
-            return self._objective(self._states(input_ids), labels, token_weight, terms, signal)
+            return self._of_logits(self._states(input_ids), labels, token_weight, terms, signal)
         if self.matching is None:
             raise ConfigError("loss hidden_match: this DistillationModel was made without `matching`.")
         with self.matching.layers.recorded(self.student) as outputs:
@@ -88,7 +89,7 @@ class DistillationModel(nn.Module):
         theirs = teacher_states(about, self.matching.loss)
         own = {number: output[:, :-1][where] for number, output in outputs.items()}
         distance = self.matching(own, theirs)
-        objective, values = self._objective(hidden, labels, token_weight, others, signal)
+        objective, values = self._of_logits(hidden, labels, token_weight, others, signal)
         (at,) = [i for i, term in enumerate(terms) if isinstance(term.loss, HiddenMatch)]
         objective = objective + terms[at].weight * (distance * token_weight).sum()
         return objective, torch.cat([values[:at], distance.detach()[None], values[at:]])
@@ -100,7 +101,7 @@ class DistillationModel(nn.Module):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         return hidden
 
-    def _objective(
+    def _of_logits(
         self,
         hidden: Tensor,
         labels: Tensor,
@@ -114,38 +115,64 @@ class DistillationModel(nn.Module):
         weight = torch.as_tensor(token_weight, dtype=torch.float32, device=hidden.device)
         weight = weight.expand(len(targets))
         states, head = hidden[:, :-1][where], head_of(self.student, self._vocab_size, check=False)
+        compute = partial(self._objective, head)
+        if isinstance(signal, RoutedSignal):
+            return _of_each_teacher(compute, states, targets, weight, terms, signal, where)
+        if signal is not None and not isinstance(signal, CrossSignal):
+            signal = _said(signal, where)
+        return compute(states, targets, weight, terms, signal)
 
-        def objective(
-            own: Any, said: Signal | None, terms: Sequence[LossTerm] = terms
-        ) -> tuple[Tensor, Tensor]:
-            """Of some tokens."""
+    def _objective(
+        self,
+        head: Head,
+        states: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        terms: Sequence[LossTerm],
+        signal: Signal | CrossSignal | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Of some tokens, with one signal; at another vocabulary only losses that are made for it look."""
+        if not isinstance(signal, CrossSignal):
             return distillation_objective(
-                states[own],
+                states,
                 head,
-                targets[own],
-                weight[own],
+                targets,
+                weight,
                 terms,
-                signal=said,
+                signal=signal,
                 chunk_tokens=self._chunk_tokens,
                 memory_mb=self._memory_mb,
             )
+        plain = [term for term in terms if not is_across(term)]
+        across = [term for term in terms if is_across(term)]
+        size = self._chunk_tokens or _ALIGNED_TOKENS
+        total, values = aligned_objective(states, head, targets, weight, across, signal, chunk_tokens=size)
+        if plain:
+            objective, own = self._objective(head, states, targets, weight, plain, None)
+            total, values = total + objective, torch.cat([own, values])
+        order = [[*plain, *across].index(term) for term in terms]
+        return total, values[order]
 
-        if isinstance(signal, CrossSignal):
-            plain = [term for term in terms if not is_across(term)]
-            across = [term for term in terms if is_across(term)]
-            size = self._chunk_tokens or _ALIGNED_TOKENS
-            total, found = aligned_objective(states, head, targets, weight, across, signal, chunk_tokens=size)
-            if plain:
-                summand, nats = objective(slice(None), None, plain)
-                total, found = total + summand, torch.cat([nats, found])
-            return total, found[[[*plain, *across].index(term) for term in terms]]
-        if not isinstance(signal, RoutedSignal):
-            return objective(slice(None), None if signal is None else _said(signal, where))
-        row_of = where.nonzero()[:, 0]
-        own = [torch.isin(row_of, rows).nonzero()[:, 0] for rows in signal.rows]
-        said = [_said(part, where[rows]) for rows, part in zip(signal.rows, signal.signals, strict=True)]
-        totals, values = zip(*map(objective, own, said), strict=True)
-        return sum(totals[1:], totals[0]), torch.cat(values, dim=1)[:, torch.cat(own).argsort()]
+
+def _of_each_teacher(
+    compute: Callable[..., tuple[Tensor, Tensor]],
+    states: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    terms: Sequence[LossTerm],
+    signal: RoutedSignal,
+    where: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Each teacher's rows by themselves; values are put back into row order."""
+    row_of, total = where.nonzero()[:, 0], states.new_zeros((), dtype=torch.float32)
+    tokens, values = [], []
+    for rows, said in zip(signal.rows, signal.signals, strict=True):
+        own = torch.isin(row_of, rows).nonzero()[:, 0]
+        objective, value = compute(states[own], targets[own], weight[own], terms, _said(said, where[rows]))
+        total = total + objective
+        tokens.append(own)
+        values.append(value)
+    return total, torch.cat(values, dim=1)[:, torch.cat(tokens).argsort()]
 
 
 def _said(signal: Signal, where: Tensor) -> Signal:

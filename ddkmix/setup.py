@@ -23,7 +23,7 @@ from ddkmix.provenance import DataBlock, describe, record_data
 from ddkmix.reweighting import Reweighter
 from ddkmix.signals import noting_signals
 from ddkmix.teacher import LiveTeacher, SignalSource
-from ddkmix.teaching import open_any_teachers, open_teaching, teacher_sums
+from ddkmix.teaching import open_teachers, open_teaching, teacher_sums
 from ddkmix.tracking import progress_bar
 from ddkmix.trainer import Run, run_loop, token_nats
 from ddkmix.types import DomainLosses
@@ -102,7 +102,7 @@ def measure_gaps(config: RunConfig) -> tuple[DomainLosses, WeightPolicy]:
     with accelerator.main_process_first():
         packed = open_rows(prepared, shown=accelerator.is_main_process)
     evaluator = open_evaluator(config, packed, accelerator)
-    sums = teacher_sums(prepared, evaluator, open_any_teachers(prepared, accelerator.device))
+    sums = teacher_sums(prepared, evaluator, open_teachers(prepared, accelerator.device))
     student = build_student(config.student, config.teacher, seed=config.seed).eval()
     model = accelerator.prepare_model(_distillation(prepared, student), evaluation_mode=True)
     return evaluator.measure(token_nats(model), sums), prepared.policy

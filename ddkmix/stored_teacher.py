@@ -43,15 +43,20 @@ class StoredTeacher:
         if kept.all():
             return self._read(places)
         if not kept.any():
-            return _of_one_vocabulary(self._fallback.signal(batch))
+            return self._live(batch)
         captured, others = kept.nonzero()[:, 0], (~kept).nonzero()[:, 0].to(batch["domain_ids"].device)
-        own = {name: tensor[others] for name, tensor in batch.items()}
-        live = _of_one_vocabulary(self._fallback.signal(own))
+        live = self._live({name: tensor[others] for name, tensor in batch.items()})
         stored = self._read([places[i] for i in captured.tolist()])
         numbers, signals = zip(
             *_parts(captured.to(others.device), stored), *_parts(others, live), strict=True
         )
         return RoutedSignal(rows=numbers, signals=signals)
+
+    def _live(self, batch: Mapping[str, Tensor]) -> Signal | RoutedSignal:
+        assert self._fallback is not None
+        said = self._fallback.signal(batch)
+        assert not isinstance(said, CrossSignal)  # nobody stores what is said in another vocabulary
+        return said
 
     def _read(self, places: Sequence[Place]) -> Signal | RoutedSignal:
         said = self._store.read(places)
@@ -73,11 +78,6 @@ class StoredTeacher:
             moved = replace(head, weight=head.weight.to(self._device), bias=bias)
             self._heads[id(head)] = head, moved  # the first is kept, or its number could be another's
         return self._heads[id(head)][1]
-
-
-def _of_one_vocabulary(signal: Signal | RoutedSignal | CrossSignal) -> Signal | RoutedSignal:
-    assert not isinstance(signal, CrossSignal)  # `prepare.store_cards` refuses stores for such a teacher
-    return signal
 
 
 def _parts(

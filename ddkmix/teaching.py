@@ -57,9 +57,9 @@ def open_teaching(
         ModelError: a model cannot be used as asked.
     """
     if prepared.config.signal.source == "live":
-        live = open_any_teachers(prepared, evaluator.device)
-        sums = teacher_sums(prepared, evaluator, live)
-        source = teacher_of_all(prepared, live, domains)
+        teachers = open_teachers(prepared, evaluator.device)
+        sums = teacher_sums(prepared, evaluator, teachers)
+        source = teacher_of_all(prepared, teachers, domains)
         return Teaching(source=source, sums=sums, reads_places=False)
     store = open_store(prepared, rows)
     wants_live = bool(store.missing())
@@ -94,15 +94,15 @@ def open_store(prepared: Prepared, rows: Mapping[str, DomainRows]) -> LogitsStor
     return store
 
 
-def open_any_teachers(prepared: Prepared, device: torch.device) -> dict[str, OneTeacher]:
-    """The teachers in use, or the one that reads with another tokenizer."""
-    if prepared.teacher_tokenizer is None:
-        return {**open_teachers(prepared, device)}
-    return {DEFAULT: _other_vocabulary(prepared, prepared.teacher_tokenizer, device)}
+def open_teachers(prepared: Prepared, device: torch.device) -> Mapping[str, OneTeacher]:
+    """The teachers in use, by name, loaded onto a device."""
+    if prepared.teacher_tokenizer is not None:
+        return {DEFAULT: _other_vocabulary(prepared, prepared.teacher_tokenizer, device)}
+    return open_models(prepared, device)
 
 
-def open_teachers(prepared: Prepared, device: torch.device) -> dict[str, LiveTeacher | EnsembleTeacher]:
-    """The teachers in use, by name, loaded onto a device; a model in several of them is loaded once."""
+def open_models(prepared: Prepared, device: torch.device) -> dict[str, LiveTeacher | EnsembleTeacher]:
+    """Teachers that read the rows' own tokens; a model in several of them is loaded once."""
     teachers, matched = prepared.teachers, hidden_match_of(prepared.terms)
     layers = () if matched is None else matched.teacher_layers
     models = {

@@ -276,7 +276,7 @@ def test_what_needs_one_vocabulary_is_refused(tree, changes, message):
 def test_a_store_of_such_a_teacher_is_refused(tree):
     """It would speak of tokens that the rows do not have."""
     with pytest.raises(
-        ConfigError, match=r"different tokenizers, and a logits store .*; set signal.source to"
+        ConfigError, match=r"a logits store .* have different tokenizers; set signal.source to live"
     ):
         store_cards(check(parse_config(tree, where="test")))
 

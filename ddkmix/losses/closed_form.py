@@ -113,8 +113,8 @@ def _add(gradient: Tensor, row: Tensor, slope: Slope, log_q: Tensor) -> None:
         return
     if slope.entries is not None:
         gradient.scatter_add_(1, slope.ids, slope.entries * row)
-    if (
-        slope.rest is not None
-    ):  # log q_rest is the log of a sum of q_v outside: its derivative by log q_v is q_v / q_rest
+    if slope.rest is not None:
+        assert slope.log_q_rest is not None
+        # log q_rest is the log of a sum of q_v outside: its derivative by log q_v is q_v / q_rest
         shares = (log_q - slope.log_q_rest.clamp(min=_LEAST)).exp_().mul_(slope.rest * row)
         gradient.add_(shares.scatter_(1, slope.ids, 0.0))

@@ -27,7 +27,7 @@ _SUSPECTS = 16
 """Tokens whose teacher logits are made again to see what is wrong with them."""
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def distillation_objective(
     hidden: Float[Tensor, "n D"],
     head: Head,
@@ -135,7 +135,7 @@ def _check(hidden: Tensor, head: Head, terms: Sequence[LossTerm], signal: Signal
                 "ddkmix.matching.Matching and add its values."
             )
     if signal is not None:
-        check_terms(terms, kind)
+        check_terms(terms, kind, signal.log_z.keys() if isinstance(signal, TruncatedSignal) else None)
     members = signal.members if isinstance(signal, EnsembleSignal) else (signal,)
     for member in members:
         if isinstance(member, DenseSignal) and _classes(member.head) != _classes(head):
