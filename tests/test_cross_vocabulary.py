@@ -16,7 +16,7 @@ from ddkmix.evaluator import select_rows
 from ddkmix.losses import build_terms
 from ddkmix.models import build_student, load_teacher
 from ddkmix.preflight import check
-from ddkmix.prepare import open_rows
+from ddkmix.prepare import open_rows, store_cards
 from ddkmix.setup import measure_gaps, train
 from ddkmix.tokenizer import read_tokenizer
 from ddkmix.tracking import read_lines
@@ -271,6 +271,14 @@ def test_what_needs_one_vocabulary_is_refused(tree, changes, message):
     """One line, before a model is loaded."""
     with pytest.raises((ConfigError, ModelError), match=message):
         check(parse_config({**tree, **changes}, where="test"))
+
+
+def test_a_store_of_such_a_teacher_is_refused(tree):
+    """It would speak of tokens that the rows do not have."""
+    with pytest.raises(
+        ConfigError, match=r"a logits store .* have different tokenizers; set signal.source to live"
+    ):
+        store_cards(check(parse_config(tree, where="test")))
 
 
 def test_a_shared_tokenizer_is_one_vocabulary(tiny_config, tiny_teacher):
