@@ -56,6 +56,8 @@ class DenseSignal:
     """Last hidden states, after the final norm; the state of token t predicts token t + 1."""
     head: Head
     """The teacher's output layer."""
+    layers: Mapping[int, Float[Tensor, "*b D"]] = field(default_factory=dict)
+    """Outputs of the layers that a `HiddenMatch` asked for, by their number there."""
 
     def at(self, index: Any) -> "DenseSignal":
         """The same of some positions only.
@@ -63,7 +65,8 @@ class DenseSignal:
         Args:
             index: what `hidden[index]` takes: a mask, a slice, numbers.
         """
-        return replace(self, hidden=self.hidden[index])
+        layers = {number: output[index] for number, output in self.layers.items()}
+        return replace(self, hidden=self.hidden[index], layers=layers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -181,3 +184,20 @@ class RoutedSignal:
     """Rows of the batch that each signal is about, increasing. Together: every row once."""
     signals: tuple[Signal, ...]
     """Their first axis is that of `rows`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class CrossSignal:
+    """What a teacher with another tokenizer says about a batch, aligned by the bytes of the text.
+
+    Tokens are counted among those that are predicted, row after row: n of the student, m of the teacher.
+    """
+
+    teacher: DenseSignal
+    """The teacher's states before each of its m tokens: (m, D)."""
+    labels: Int[Tensor, " m"]
+    """These tokens."""
+    spans: Int[Tensor, "g 4"]
+    """(student start, student stop, teacher start, teacher stop) of tokens that cover the same bytes."""
+    pairs: Int[Tensor, "p 2"]
+    """(student id, teacher id) of tokens that stand for the same bytes."""

@@ -28,7 +28,7 @@ from ddkmix.prepare import open_rows, storage_of, store_cards, stores_folder
 from ddkmix.ranks import current_rank, from_main, sum_over_ranks
 from ddkmix.recording import Recorder, head_of_teacher
 from ddkmix.teacher import EnsembleTeacher, LiveTeacher
-from ddkmix.teaching import open_teachers, teacher_sums
+from ddkmix.teaching import open_models, teacher_sums
 from ddkmix.tracking import progress_bar
 
 Teacher = LiveTeacher | EnsembleTeacher
@@ -111,7 +111,7 @@ def capture(config: RunConfig, *, part: Part | None = None) -> dict[str, Totals]
     todo: list[Job] = from_main([one for one in parts if not _is_whole(job, one)])
     measured = part is None or part.number == 1
     if todo or (measured and from_main(stored_sums(job) is None)):
-        teachers = open_teachers(job.prepared, job.device)
+        teachers = open_models(job.prepared, job.device)
         _prepare_stores(job, teachers)
         _run(job, teachers, todo)
         if measured:

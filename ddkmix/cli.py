@@ -44,15 +44,16 @@ def pack(
 ) -> None:
     """Turn the documents of a config's domains into rows of tokens."""
     from ddkmix.domains import load_domains
+    from ddkmix.losses import build_terms
     from ddkmix.pack import pack_report, parse_part
+    from ddkmix.preflight import read_tokenizers
     from ddkmix.prepare import pack_rows, publish_rows
     from ddkmix.report.packing import render_packing
-    from ddkmix.tokenizer import read_tokenizer
 
     _check_format(style)
     share = parse_part(part) if part is not None else None
     run = _load(config, overrides)
-    tokenizer = read_tokenizer(run.teacher.model, revision=run.teacher.revision, separator=run.pack.separator)
+    tokenizer, _ = read_tokenizers(run, build_terms(run.loss))
     domains = load_domains(run.domains, run.storage)
     packed = pack_rows(run, domains, tokenizer, part=share)
     print(render_packing(pack_report(packed), style))  # type: ignore[arg-type]  # checked above

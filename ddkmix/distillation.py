@@ -4,19 +4,28 @@ DDP, FSDP and ZeRO act through hooks on the wrapped module's forward. The output
 it, and never by its parameters from outside, so those hooks see every use.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ddkmix.batch import RoutedSignal, Signal
+from ddkmix.batch import CrossSignal, DenseSignal, Head, RoutedSignal, Signal
 from ddkmix.boundaries import check_isolation, document_positions
+from ddkmix.errors import ConfigError
 from ddkmix.losses import LossTerm
+from ddkmix.losses.aligned import aligned_objective, is_across
+from ddkmix.losses.hidden_match import HiddenMatch
 from ddkmix.losses.objective import distillation_objective
+from ddkmix.matching import Matching, teacher_states
 from ddkmix.models import head_of, hidden_states
 from ddkmix.sources import IGNORE
+
+_ALIGNED_TOKENS = 256
+"""Tokens of either model whose logits exist at one time where vocabularies differ."""
 
 
 class DistillationModel(nn.Module):
@@ -30,13 +39,17 @@ class DistillationModel(nn.Module):
         chunk_tokens: int | None = None,
         memory_mb: float = 512.0,
         separator_id: int | None = None,
+        matching: Matching | None = None,
     ) -> None:
-        """Documents of a row see each other unless there is a `separator_id` that keeps them apart."""
+        """Documents of a row see each other unless there is a `separator_id` that keeps them apart.
+
+        `matching` has the projections of a `hidden_match` term, which are trained with the student.
+        """
         super().__init__()
         head_of(student)  # refuses a model that cannot be split, before training starts
         if separator_id is not None:
             check_isolation(student, separator_id)
-        self.student = student
+        self.student, self.matching = student, matching
         self._vocab_size, self._chunk_tokens, self._memory_mb = vocab_size, chunk_tokens, memory_mb
         self._separator_id = separator_id
 
@@ -46,7 +59,7 @@ class DistillationModel(nn.Module):
         labels: Int[Tensor, "B T"],
         token_weight: float | Tensor,
         terms: Sequence[LossTerm],
-        signal: Signal | RoutedSignal | None = None,
+        signal: Signal | RoutedSignal | CrossSignal | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "terms n"]]:
         """Objective and per-token losses of a batch.
 
@@ -55,41 +68,111 @@ class DistillationModel(nn.Module):
             labels: the same, unshifted, -100 where there is only padding.
             token_weight: share of every predicted token in the objective.
             terms: the losses.
-            signal: what the teacher says, or each teacher about its own rows; None if no term needs it.
+            signal: what the teacher says, or each teacher about its own rows, or one with another tokenizer;
+                None if no term needs it.
 
         Returns:
             The sum over predicted tokens of token_weight x weighted losses, and the detached value of each
             term at the n predicted tokens, in row order (see `predicted`).
         """
+        others = [term for term in terms if not isinstance(term.loss, HiddenMatch)]
+        if len(others) == len(terms):
+            return self._of_logits(self._states(input_ids), labels, token_weight, terms, signal)
+        if self.matching is None:
+            raise ConfigError("loss hidden_match: this DistillationModel was made without `matching`.")
+        with self.matching.layers.recorded(self.student) as outputs:
+            hidden = self._states(input_ids)
+        where = predicted(labels)
+        about: Any = signal
+        if isinstance(signal, DenseSignal):  # the objective must not copy the layers once more
+            about, signal = _said(signal, where), replace(signal, layers={})
+        theirs = teacher_states(about, self.matching.loss)
+        own = {number: output[:, :-1][where] for number, output in outputs.items()}
+        distance = self.matching(own, theirs)
+        objective, values = self._of_logits(hidden, labels, token_weight, others, signal)
+        (at,) = [i for i, term in enumerate(terms) if isinstance(term.loss, HiddenMatch)]
+        objective = objective + terms[at].weight * (distance * token_weight).sum()
+        return objective, torch.cat([values[:at], distance.detach()[None], values[at:]])
+
+    def _states(self, input_ids: Tensor) -> Float[Tensor, "B T D"]:
+        """The student's last hidden states, in the type in which it computes."""
         hidden = hidden_states(self.student, input_ids, document_positions(input_ids, self._separator_id))
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        return hidden
+
+    def _of_logits(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        token_weight: float | Tensor,
+        terms: Sequence[LossTerm],
+        signal: Signal | RoutedSignal | CrossSignal | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Terms that look at logits."""
         where = predicted(labels)
         targets = labels[:, 1:][where]
         weight = torch.as_tensor(token_weight, dtype=torch.float32, device=hidden.device)
         weight = weight.expand(len(targets))
         states, head = hidden[:, :-1][where], head_of(self.student, self._vocab_size, check=False)
+        compute = partial(self._objective, head)
+        if isinstance(signal, RoutedSignal):
+            return _of_each_teacher(compute, states, targets, weight, terms, signal, where)
+        if signal is not None and not isinstance(signal, CrossSignal):
+            signal = _said(signal, where)
+        return compute(states, targets, weight, terms, signal)
 
-        def objective(own: Any, said: Signal | None) -> tuple[Tensor, Tensor]:
-            """Of some tokens."""
+    def _objective(
+        self,
+        head: Head,
+        states: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        terms: Sequence[LossTerm],
+        signal: Signal | CrossSignal | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Of some tokens, with one signal; at another vocabulary only losses that are made for it look."""
+        if not isinstance(signal, CrossSignal):
             return distillation_objective(
-                states[own],
+                states,
                 head,
-                targets[own],
-                weight[own],
+                targets,
+                weight,
                 terms,
-                signal=said,
+                signal=signal,
                 chunk_tokens=self._chunk_tokens,
                 memory_mb=self._memory_mb,
             )
+        plain = [term for term in terms if not is_across(term)]
+        across = [term for term in terms if is_across(term)]
+        size = self._chunk_tokens or _ALIGNED_TOKENS
+        total, values = aligned_objective(states, head, targets, weight, across, signal, chunk_tokens=size)
+        if plain:
+            objective, own = self._objective(head, states, targets, weight, plain, None)
+            total, values = total + objective, torch.cat([own, values])
+        order = [[*plain, *across].index(term) for term in terms]
+        return total, values[order]
 
-        if not isinstance(signal, RoutedSignal):
-            return objective(slice(None), None if signal is None else _said(signal, where))
-        row_of = where.nonzero()[:, 0]
-        own = [torch.isin(row_of, rows).nonzero()[:, 0] for rows in signal.rows]
-        said = [_said(part, where[rows]) for rows, part in zip(signal.rows, signal.signals, strict=True)]
-        totals, values = zip(*map(objective, own, said), strict=True)
-        return sum(totals[1:], totals[0]), torch.cat(values, dim=1)[:, torch.cat(own).argsort()]
+
+def _of_each_teacher(
+    compute: Callable[..., tuple[Tensor, Tensor]],
+    states: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    terms: Sequence[LossTerm],
+    signal: RoutedSignal,
+    where: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Each teacher's rows by themselves; values are put back into row order."""
+    row_of, total = where.nonzero()[:, 0], states.new_zeros((), dtype=torch.float32)
+    tokens, values = [], []
+    for rows, said in zip(signal.rows, signal.signals, strict=True):
+        own = torch.isin(row_of, rows).nonzero()[:, 0]
+        objective, value = compute(states[own], targets[own], weight[own], terms, _said(said, where[rows]))
+        total = total + objective
+        tokens.append(own)
+        values.append(value)
+    return total, torch.cat(values, dim=1)[:, torch.cat(tokens).argsort()]
 
 
 def _said(signal: Signal, where: Tensor) -> Signal:

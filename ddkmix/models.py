@@ -95,7 +95,7 @@ def prune_depth(model: nn.Module, layers: tuple[int, ...]) -> nn.Module:
     config: Any = model.config
     check_layers(layers, config.num_hidden_layers)
     state = model.state_dict()
-    prefix = _layer_prefix(state, config.num_hidden_layers)
+    prefix = layer_prefix(state, config.num_hidden_layers)
     new_of = {old: new for new, old in enumerate(layers)}
     kept = {}
     for key, value in state.items():
@@ -217,7 +217,7 @@ def _kept_layers(tree: dict[str, Any], layers: tuple[int, ...], num_layers: int)
     return {**tree, **per_layer, "num_hidden_layers": len(layers)}
 
 
-def _layer_prefix(state: dict[str, Any], num_layers: int) -> str:
+def layer_prefix(state: dict[str, Any], num_layers: int) -> str:
     """The text before the layer number in parameter names, such as `model.layers.`."""
     numbered: dict[str, set[int]] = {}
     for key in state:
@@ -229,8 +229,8 @@ def _layer_prefix(state: dict[str, Any], num_layers: int) -> str:
     found = [prefix for prefix, numbers in numbered.items() if numbers == set(range(num_layers))]
     if len(found) != 1:
         raise ModelError(
-            f"the {num_layers} layers are numbered under {found or sorted(numbered)}; depth pruning needs "
-            "exactly one such prefix."
+            f"the {num_layers} layers are numbered under {found or sorted(numbered)}; pruning and matching "
+            "need exactly one such prefix."
         )
     return found[0]
 

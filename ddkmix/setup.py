@@ -12,6 +12,7 @@ from ddkmix.config import RunConfig
 from ddkmix.distillation import DistillationModel
 from ddkmix.errors import RunError
 from ddkmix.evaluator import Evaluator, select_rows
+from ddkmix.matching import Matching, hidden_match_of
 from ddkmix.metrics import LossWindow
 from ddkmix.models import build_student, save_student
 from ddkmix.pack import PackedDomain
@@ -21,6 +22,7 @@ from ddkmix.prepare import open_mixture, open_rows, storage_of
 from ddkmix.provenance import DataBlock, describe, record_data
 from ddkmix.reweighting import Reweighter
 from ddkmix.signals import noting_signals
+from ddkmix.teacher import LiveTeacher, SignalSource
 from ddkmix.teaching import open_teachers, open_teaching, teacher_sums
 from ddkmix.tracking import progress_bar
 from ddkmix.trainer import Run, run_loop, token_nats
@@ -154,7 +156,7 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
         enable: Any = getattr(student, "activation_checkpointing_enable", None)  # since transformers 5
         enable = enable or student.gradient_checkpointing_enable
         enable()
-    model = _distillation(prepared, student)
+    model = _distillation(prepared, student, teaching.source)
     model, optimizer = accelerator.prepare(model, _optimizer(config, model))
     terms = [term.name for term in prepared.terms]
     return Run(
@@ -183,13 +185,21 @@ def _describe(run: Run, prepared: Prepared, packed: dict[str, PackedDomain]) -> 
     )
 
 
-def _distillation(prepared: Prepared, model: torch.nn.Module) -> DistillationModel:
+def _distillation(
+    prepared: Prepared, model: torch.nn.Module, teacher: SignalSource | None = None
+) -> DistillationModel:
+    """The student with its objective; with the projections of hidden states where there is a teacher."""
+    loss, matching = hidden_match_of(prepared.terms), None
+    if loss is not None and teacher is not None:
+        assert isinstance(teacher, LiveTeacher)  # `preflight.check` has seen to it
+        matching = Matching(loss, model, teacher.model, seed=prepared.config.seed)
     return DistillationModel(
         model,
         vocab_size=prepared.vocab_size,
         chunk_tokens=prepared.config.trainer.logits_chunk_tokens,
         memory_mb=prepared.config.trainer.logits_memory_mb,
         separator_id=prepared.separator_id,
+        matching=matching,
     )
 
 

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ddkmix.batch import DenseSignal, EnsembleSignal, RoutedSignal, Signal
+from ddkmix.batch import CrossSignal, DenseSignal, EnsembleSignal, RoutedSignal, Signal
 from ddkmix.boundaries import check_isolation, document_positions
 from ddkmix.losses.reference import logits_of
+from ddkmix.matching import Layers
 from ddkmix.models import head_of, hidden_states
 
 
@@ -20,11 +21,11 @@ from ddkmix.models import head_of, hidden_states
 class SignalSource(Protocol):
     """What the trainer wants of a teacher."""
 
-    def signal(self, batch: Mapping[str, Tensor]) -> Signal | RoutedSignal:
+    def signal(self, batch: Mapping[str, Tensor]) -> Signal | RoutedSignal | CrossSignal:
         """What the teacher says about every position of a batch's rows.
 
         Args:
-            batch: `input_ids` (B, T) and `domain_ids` (B,), as the loader gives them.
+            batch: `input_ids` and `labels` (B, T) and `domain_ids` (B,), as the loader gives them.
         """
         ...
 
@@ -33,10 +34,17 @@ class LiveTeacher:
     """A frozen model that comments on batches."""
 
     def __init__(
-        self, model: nn.Module, *, vocab_size: int | None = None, separator_id: int | None = None
+        self,
+        model: nn.Module,
+        *,
+        vocab_size: int | None = None,
+        separator_id: int | None = None,
+        layers: Sequence[int] = (),
     ) -> None:
-        """Documents of a row see each other unless there is a `separator_id` that keeps them apart."""
+        """Documents of a row see each other unless there is a `separator_id` that keeps them apart; `layers`
+        are those whose outputs a `HiddenMatch` wants."""
         self.model, self._separator_id = model, separator_id
+        self._layers = Layers("teacher", model, layers)
         self._head = head_of(model, vocab_size)
         if separator_id is not None:
             check_isolation(model, separator_id)
@@ -46,7 +54,9 @@ class LiveTeacher:
         """What the teacher says about every position of a batch's `input_ids` (B, T)."""
         input_ids = batch["input_ids"]
         positions = document_positions(input_ids, self._separator_id)
-        return DenseSignal(hidden=hidden_states(self.model, input_ids, positions), head=self._head)
+        with self._layers.recorded(self.model) as outputs:
+            hidden = hidden_states(self.model, input_ids, positions)
+        return DenseSignal(hidden=hidden, head=self._head, layers=outputs)
 
 
 class EnsembleTeacher:
@@ -76,7 +86,7 @@ class DomainTeachers:
         for number in sorted(set(teacher_of.tolist())):
             own = (teacher_of == number).nonzero()[:, 0]
             said = self._teachers[number].signal({name: tensor[own] for name, tensor in batch.items()})
-            assert not isinstance(said, RoutedSignal)
+            assert not isinstance(said, RoutedSignal | CrossSignal)
             rows.append(own)
             signals.append(said)
         return RoutedSignal(rows=tuple(rows), signals=tuple(signals))

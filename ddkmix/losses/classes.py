@@ -68,9 +68,11 @@ def entry_weights(teacher: TruncatedSignal, temperature: float) -> Float[Tensor,
     Exact entries count p; drawn ones draws / num_draws x drawn_mass x p_temperature / p; with the tail
     `renormalize` all of them are scaled to sum to 1.
     """
+    if kind_of(teacher) == "renormalize":  # needs no log Z, which a softmax takes off again
+        return (teacher.log_probs / temperature).softmax(-1)
     log_p = entry_log_probs(teacher, temperature)
     if teacher.draws is None:
-        return log_p.softmax(-1) if teacher.tail == "renormalize" else log_p.exp()
+        return log_p.exp()
     assert teacher.drawn_mass is not None
     share = teacher.draws / teacher.num_draws * teacher.drawn_mass[:, None]
     drawn = share * (log_p - teacher.log_probs.clamp(min=-1e30)).exp()

@@ -336,7 +336,7 @@ def test_a_loss_is_not_given_a_signal_that_it_is_not_defined_for(loss, kind):
     case = make_case(kind, terms=(CE, term))
     if loss.needs_teacher:
         with pytest.raises(
-            ConfigError, match=f"loss mine is not defined for the teacher's signal, which is '{kind}'"
+            ConfigError, match=rf"\(mine\) is not defined for a teacher signal of the kind '{kind}'"
         ):
             distillation_objective(**case)
     else:

@@ -46,7 +46,7 @@ def make():
 
 
 def run(model, called=None):  # FSDP takes the mean over ranks
-    objective, _ = (called or model)(ids, ids, world / 28, terms, signal)
+    objective, _ = (model if called is None else called)(ids, ids, world / 28, terms, signal)
     objective.backward()
     total = objective.detach() / world
     dist.all_reduce(total)
