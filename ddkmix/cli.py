@@ -191,10 +191,7 @@ def capture(
         bool,
         typer.Option("--verify", help="Read all records back, and ask the teacher again about a few rows."),
     ] = False,
-    part: Annotated[
-        str | None,
-        typer.Option(help="3/16: capture every 16th shard, from the third; run the other parts anywhere."),
-    ] = None,
+    part: Annotated[str | None, typer.Option(help="3/16: every 16th shard, from the third.")] = None,
     style: FormatOption = "table",
 ) -> None:
     """Write what the teacher says about all train rows into the logits store."""
@@ -205,17 +202,15 @@ def capture(
     share = parse_part(part) if part is not None else None
     run = _load(config, overrides)
     quiet_libraries()
+    from ddkmix.capture import capture as capture_run
     from ddkmix.report.captured import render_captured, render_verified
+    from ddkmix.verifying import verify_store
 
     if verify:
-        from ddkmix.verifying import verify_store
-
         checked = verify_store(run, part=share)
         print(render_verified(checked, style))  # type: ignore[arg-type]  # checked above
         checked.raise_if_damaged()
         return
-    from ddkmix.capture import capture as capture_run
-
     totals = capture_run(run, part=share)
     if totals is not None:  # only the main rank is told
         print(render_captured(totals, style))  # type: ignore[arg-type]  # checked above

@@ -74,7 +74,7 @@ class Recorder:
         try:
             for start in range(first // size * size, self._shard.num_rows, size):
                 rows = np.arange(start, min(start + size, self._shard.num_rows))
-                for row, record in zip(rows.tolist(), self._batch(reader, rows), strict=True):
+                for row, record in zip(rows.tolist(), self.batch(reader, rows), strict=True):
                     if row >= first:
                         yield row, record
         finally:
@@ -103,7 +103,8 @@ class Recorder:
         said = self._teacher.signal({"input_ids": ids}).at((slice(None), slice(None, -1))).at(where)
         return said, ids[:, 1:][where]
 
-    def _batch(self, reader: RowReader, rows: np.ndarray) -> Iterator[bytes]:
+    def batch(self, reader: RowReader, rows: Int[np.ndarray, " B"]) -> Iterator[bytes]:
+        """The records of some rows, in their order."""
         said, labels = self.said(reader, rows)
         lengths = [self._num_tokens(row) for row in rows.tolist()]
         ends = np.cumsum([0, *lengths])
