@@ -12,7 +12,7 @@ from ddkmix.config import RunConfig
 from ddkmix.distillation import DistillationModel
 from ddkmix.errors import RunError
 from ddkmix.evaluator import Evaluator, select_rows
-from ddkmix.matching import Matching, hidden_match_of
+from ddkmix.matching import Matching, consistency_of, hidden_match_of
 from ddkmix.metrics import LossWindow
 from ddkmix.models import build_student, save_student
 from ddkmix.pack import PackedDomain
@@ -200,6 +200,7 @@ def _distillation(
         memory_mb=prepared.config.trainer.logits_memory_mb,
         separator_id=prepared.separator_id,
         matching=matching,
+        consistency=None if teacher is None else consistency_of(prepared.terms),
     )
 
 
