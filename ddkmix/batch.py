@@ -184,3 +184,20 @@ class RoutedSignal:
     """Rows of the batch that each signal is about, increasing. Together: every row once."""
     signals: tuple[Signal, ...]
     """Their first axis is that of `rows`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class CrossSignal:
+    """What a teacher with another tokenizer says about a batch, aligned by the bytes of the text.
+
+    Tokens are counted among those that are predicted, row after row: n of the student, m of the teacher.
+    """
+
+    teacher: DenseSignal
+    """The teacher's states before each of its m tokens: (m, D)."""
+    labels: Int[Tensor, " m"]
+    """These tokens."""
+    spans: Int[Tensor, "g 4"]
+    """(student start, student stop, teacher start, teacher stop) of tokens that cover the same bytes."""
+    pairs: Int[Tensor, "p 2"]
+    """(student id, teacher id) of tokens that stand for the same bytes."""

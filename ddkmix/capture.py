@@ -1,11 +1,10 @@
 """Capturing: the teacher reads every train row once, and what it says goes to the logits store.
 
 Shards are dealt to ranks; each is one file that one process writes, row by row (`logits_store.sidecar`), so a
-capture that was killed goes on where it stopped. Rows are read in batches that begin at fixed rows of a
-shard, and draws are seeded with the row's content: neither ranks nor an interruption change a byte.
+capture that was killed goes on where it stopped, and ends with the bytes of one that was not.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,29 +12,24 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
 
 from ddkmix.config import RunConfig
 from ddkmix.errors import DataError
 from ddkmix.evaluator import Evaluator, NatsCache, select_rows
 from ddkmix.index import DomainRows
 from ddkmix.logits_store.card import StoreCard, read_card, serving_store, write_card
-from ddkmix.logits_store.codec import RecordFormat, decode, encode
-from ddkmix.logits_store.hidden import decode_hidden, encode_hidden, save_head
+from ddkmix.logits_store.hidden import save_head
 from ddkmix.logits_store.reader import sidecar_of
 from ddkmix.logits_store.sidecar import SidecarWriter, sidecar_path
-from ddkmix.logits_store.signal import columns_of
-from ddkmix.logits_store.totals import Totals, total, totals_of, totals_of_facts
-from ddkmix.models import head_of
+from ddkmix.logits_store.totals import Totals, total, totals_of_facts
 from ddkmix.pack import PackedDomain, Part
 from ddkmix.preflight import Prepared, check
 from ddkmix.prepare import open_rows, storage_of, store_cards, stores_folder
 from ddkmix.ranks import current_rank, from_main, sum_over_ranks
-from ddkmix.rows import RowReader, byte_reader
-from ddkmix.teacher import EnsembleTeacher, LiveTeacher, label_nats
-from ddkmix.teaching import open_teachers, teacher_sums
+from ddkmix.recording import Recorder, head_of_teacher
+from ddkmix.teacher import EnsembleTeacher, LiveTeacher
+from ddkmix.teaching import open_models, teacher_sums
 from ddkmix.tracking import progress_bar
-from ddkmix.truncation import seeded_uniforms, truncate_said
 
 Teacher = LiveTeacher | EnsembleTeacher
 
@@ -68,6 +62,18 @@ class Capturing:
     def folder(self, domain: str) -> Path:
         """The store of a domain's teacher."""
         return stores_folder(self.prepared.config) / self.cards[domain].key
+
+    def recorder(self, one: Job, teacher: Teacher) -> Recorder:
+        """Makes the records of a shard."""
+        return Recorder(
+            self.rows[one.domain],
+            one.shard,
+            self.cards[one.domain],
+            teacher,
+            device=self.device,
+            batch_rows=self.prepared.config.capture.batch_rows,
+            storage=storage_of(self.prepared.config),
+        )
 
     def jobs(self) -> list[Job]:
         """Every shard, captured or not."""
@@ -105,7 +111,7 @@ def capture(config: RunConfig, *, part: Part | None = None) -> dict[str, Totals]
     todo: list[Job] = from_main([one for one in parts if not _is_whole(job, one)])
     measured = part is None or part.number == 1
     if todo or (measured and from_main(stored_sums(job) is None)):
-        teachers = open_teachers(job.prepared, job.device)
+        teachers = open_models(job.prepared, job.device)
         _prepare_stores(job, teachers)
         _run(job, teachers, todo)
         if measured:
@@ -184,8 +190,7 @@ def _prepare_stores(job: Capturing, teachers: Mapping[str, Teacher]) -> None:
     if job.rank == 0:
         for domain, card in job.cards.items():
             teacher = teachers[job.prepared.teachers.of_domain[domain]]
-            member = teacher if isinstance(teacher, LiveTeacher) else teacher.members[0]
-            head = head_of(member.model, job.prepared.vocab_size, check=False)
+            head = head_of_teacher(teacher, card.vocab_size)
             write_card(job.folder(domain), card, num_classes=len(head.weight[: head.vocab_size]))
             if card.kept.is_hidden:
                 save_head(job.folder(domain), head)
@@ -222,7 +227,7 @@ def capture_shard(
         NumericsError: the teacher's logits are not finite.
     """
     shard = job.rows[one.domain].shards[one.shard]
-    recorder = Recorder(job, one, teacher)
+    recorder = job.recorder(one, teacher)
     with SidecarWriter(one.path) as writer:
         sums = [recorder.totals(row, record) for row, record in enumerate(writer.records())]
         for row, record in recorder.records(writer.num_rows):
@@ -231,95 +236,6 @@ def capture_shard(
             on_rows(row + 1)
         facts = {"store": job.cards[one.domain].key, "domain": one.domain, "shard": shard.sha256}
         writer.finish({**facts, **total(sums).to_facts()})
-
-
-class Recorder:
-    """Makes the records of one shard."""
-
-    def __init__(self, job: Capturing, one: Job, teacher: Teacher) -> None:
-        self._job, self._one, self._teacher = job, one, teacher
-        self._rows, self._card = job.rows[one.domain], job.cards[one.domain]
-        self._shard = self._rows.shards[one.shard]
-        member = teacher if isinstance(teacher, LiveTeacher) else teacher.members[0]
-        head = head_of(member.model, job.prepared.vocab_size, check=False)
-        self._width = head.weight.shape[1]
-        self._dtype = head.weight.dtype
-        self.layout = RecordFormat(
-            num_classes=len(head.weight[: head.vocab_size]),
-            kept=self._card.kept,
-            temperatures=self._card.temperatures,
-        )
-
-    def records(self, first: int) -> Iterator[tuple[int, bytes]]:
-        """(row, record) of every row from `first` on."""
-        reader = RowReader(self._rows, remote=byte_reader(storage_of(self._job.prepared.config)))
-        size = self._job.prepared.config.capture.batch_rows
-        try:
-            for start in range(first // size * size, self._shard.num_rows, size):
-                rows = np.arange(start, min(start + size, self._shard.num_rows))
-                for row, record in zip(rows.tolist(), self._batch(reader, rows), strict=True):
-                    if row >= first:
-                        yield row, record
-        finally:
-            reader.close()
-
-    def totals(self, row: int, record: bytes) -> Totals:
-        """What a record holds."""
-        n = self._num_tokens(row)
-        kept = self._card.kept
-        if kept.hidden_bytes is None:
-            return totals_of(decode(record, n, self.layout), len(record))
-        nats = decode_hidden(record, n, self._width, kept.hidden_bytes, self._dtype)[1]
-        nats_sum = float(nats.sum(dtype=np.float64))
-        return Totals(rows=1, tokens=n, bytes=len(record), kept_mass=float(n), teacher_nats=nats_sum)
-
-    def said(self, reader: RowReader, rows: np.ndarray) -> tuple[Any, Tensor]:
-        """What the teacher says about the tokens that predict, row after row, and the next tokens."""
-        tokens = np.empty((len(rows), self._rows.seq_len), dtype=self._rows.dtype)
-        for failure in reader.read_into(tokens, np.full(len(rows), self._one.shard), rows).values():
-            raise failure
-        ids = torch.from_numpy(tokens.astype(np.int64)).to(self._job.device)
-        lengths = torch.tensor([self._num_tokens(row) for row in rows.tolist()], device=ids.device)
-        where = torch.arange(ids.shape[1] - 1, device=ids.device) < lengths[:, None]
-        said = self._teacher.signal({"input_ids": ids}).at((slice(None), slice(None, -1))).at(where)
-        return said, ids[:, 1:][where]
-
-    def _batch(self, reader: RowReader, rows: np.ndarray) -> Iterator[bytes]:
-        said, labels = self.said(reader, rows)
-        lengths = [self._num_tokens(row) for row in rows.tolist()]
-        ends = np.cumsum([0, *lengths])
-        kept = self._card.kept
-
-        def name(i: int) -> str:
-            which = int(np.searchsorted(ends, i, side="right")) - 1
-            row = self._rows.name_of(self._one.shard, int(rows[which]))
-            return f"{row}, position {i - int(ends[which])}"
-
-        parts = [slice(start, end) for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
-        if kept.hidden_bytes is not None:
-            nats = label_nats(said, labels, chunk_tokens=256).cpu().numpy()
-            hidden = said.hidden.cpu()
-            for part in parts:
-                yield encode_hidden(hidden[part], nats[part], kept.hidden_bytes)
-            return
-        signal = truncate_said(
-            said, labels, kept, self._card.temperatures, uniforms=self._uniforms(rows, lengths), name=name
-        )
-        for part in parts:
-            yield encode(columns_of(signal.at(part)), self.layout)
-
-    def _uniforms(self, rows: np.ndarray, lengths: Sequence[int]) -> Float[Tensor, "n N"] | None:
-        draws = self._card.kept.draws
-        if draws is None:
-            return None
-        content = [self._card.key, self._shard.sha256]
-        parts = [
-            seeded_uniforms([*content, row], n, draws) for row, n in zip(rows.tolist(), lengths, strict=True)
-        ]
-        return torch.from_numpy(np.concatenate(parts))
-
-    def _num_tokens(self, row: int) -> int:
-        return max(self._rows.tokens_at(self._one.shard, row) - 1, 0)
 
 
 def held_out_cache(store: Path) -> NatsCache:

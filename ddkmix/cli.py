@@ -3,7 +3,6 @@
 A mistake of the user's is one line on stderr and exit code 2.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,15 +44,16 @@ def pack(
 ) -> None:
     """Turn the documents of a config's domains into rows of tokens."""
     from ddkmix.domains import load_domains
+    from ddkmix.losses import build_terms
     from ddkmix.pack import pack_report, parse_part
+    from ddkmix.preflight import read_tokenizers
     from ddkmix.prepare import pack_rows, publish_rows
     from ddkmix.report.packing import render_packing
-    from ddkmix.tokenizer import read_tokenizer
 
     _check_format(style)
     share = parse_part(part) if part is not None else None
     run = _load(config, overrides)
-    tokenizer = read_tokenizer(run.teacher.model, revision=run.teacher.revision, separator=run.pack.separator)
+    tokenizer, _ = read_tokenizers(run, build_terms(run.loss))
     domains = load_domains(run.domains, run.storage)
     packed = pack_rows(run, domains, tokenizer, part=share)
     print(render_packing(pack_report(packed), style))  # type: ignore[arg-type]  # checked above
@@ -164,7 +164,9 @@ def train(
     if allow_changes and not resume:
         raise ConfigError("--allow-changes is for --resume; a new run has nothing to differ from.")
     run = _load(config, overrides)
-    _quiet_libraries()
+    from ddkmix.options import quiet_libraries
+
+    quiet_libraries()
     from ddkmix.setup import train as train_run
 
     seen: dict[int, dict[str, float]] = {}
@@ -201,7 +203,9 @@ def capture(
     _check_format(style)
     share = parse_part(part) if part is not None else None
     run = _load(config, overrides)
-    _quiet_libraries()
+    from ddkmix.options import quiet_libraries
+
+    quiet_libraries()
     from ddkmix.report.captured import render_captured, render_verified
 
     if verify:
@@ -233,10 +237,10 @@ def gaps(
     _check_format(style)
     if config is not None and "=" in config.name and not config.exists():
         overrides, config = [str(config), *(overrides or [])], None
-    from ddkmix.options import gaps_config
+    from ddkmix.options import gaps_config, quiet_libraries
 
     run = gaps_config(config, overrides, student, teacher, domains)
-    _quiet_libraries()
+    quiet_libraries()
     from ddkmix.policies.ddk import Ddk
     from ddkmix.report.gaps import ddk_weights, render_gaps
     from ddkmix.setup import measure_gaps
@@ -318,18 +322,3 @@ def _check_format(style: str, *known: str) -> None:
     known = known or ("table", "json", "markdown")
     if style not in known:
         raise ConfigError(f"--format {style}: must be {', '.join(known[:-1])} or {known[-1]}.")
-
-
-def _quiet_libraries() -> None:
-    """Model loading prints bars and hints that say nothing about the run."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from logging import getLogger
-
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    # says at every checkpoint that tied weights are saved once, as they should be
-    getLogger("accelerate.utils.other").setLevel("ERROR")

@@ -4,25 +4,29 @@ DDP, FSDP and ZeRO act through hooks on the wrapped module's forward. The output
 it, and never by its parameters from outside, so those hooks see every use.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ddkmix.batch import DenseSignal, RoutedSignal, Signal
+from ddkmix.batch import CrossSignal, DenseSignal, Head, RoutedSignal, Signal
 from ddkmix.boundaries import check_isolation, document_positions
 from ddkmix.errors import ConfigError
 from ddkmix.losses import LossTerm
+from ddkmix.losses.aligned import aligned_objective, is_across
 from ddkmix.losses.hidden_consistency import HiddenConsistency
 from ddkmix.losses.hidden_match import HiddenMatch
 from ddkmix.losses.objective import distillation_objective
 from ddkmix.matching import Matching, Mixing, teacher_states
 from ddkmix.models import head_of, hidden_states
 from ddkmix.sources import IGNORE
+
+_ALIGNED_TOKENS = 256
+"""Tokens of either model whose logits exist at one time where vocabularies differ."""
 
 
 class DistillationModel(nn.Module):
@@ -59,7 +63,7 @@ class DistillationModel(nn.Module):
         labels: Int[Tensor, "B T"],
         token_weight: float | Tensor,
         terms: Sequence[LossTerm],
-        signal: Signal | RoutedSignal | None = None,
+        signal: Signal | RoutedSignal | CrossSignal | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "terms n"]]:
         """Objective and per-token losses of a batch.
 
@@ -68,7 +72,8 @@ class DistillationModel(nn.Module):
             labels: the same, unshifted, -100 where there is only padding.
             token_weight: share of every predicted token in the objective.
             terms: the losses.
-            signal: what the teacher says, or each teacher about its own rows; None if no term needs it.
+            signal: what the teacher says, or each teacher about its own rows, or one with another tokenizer;
+                None if no term needs it.
 
         Returns:
             The sum over predicted tokens of token_weight x weighted losses, and the detached value of each
@@ -76,7 +81,7 @@ class DistillationModel(nn.Module):
         """
         others = [t for t in terms if not isinstance(t.loss, HiddenMatch | HiddenConsistency)]
         if len(others) == len(terms):
-            return self._objective(self._states(input_ids), labels, token_weight, terms, signal)
+            return self._of_logits(self._states(input_ids), labels, token_weight, terms, signal)
         with ExitStack() as recording:
             outputs: dict[type, dict[int, Tensor]] = {
                 kind: recording.enter_context(part.layers.recorded(self.student))
@@ -91,7 +96,7 @@ class DistillationModel(nn.Module):
         }
         if isinstance(signal, DenseSignal):  # the objective must not copy the layers once more
             signal = replace(signal, layers={})
-        objective, values = self._objective(hidden, labels, token_weight, others, signal)
+        objective, values = self._of_logits(hidden, labels, token_weight, others, signal)
         rows = iter(values)
         for i, distance in compared.items():
             objective = objective + terms[i].weight * (distance * token_weight).sum()
@@ -104,7 +109,7 @@ class DistillationModel(nn.Module):
         outputs: dict[int, Tensor] | None,
         input_ids: Tensor,
         labels: Tensor,
-        signal: Signal | RoutedSignal | None,
+        signal: Signal | RoutedSignal | CrossSignal | None,
     ) -> Tensor:
         """The values of a term that compares outputs of layers, at the predicted tokens."""
         if outputs is None:
@@ -127,13 +132,13 @@ class DistillationModel(nn.Module):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         return hidden
 
-    def _objective(
+    def _of_logits(
         self,
         hidden: Tensor,
         labels: Tensor,
         token_weight: float | Tensor,
         terms: Sequence[LossTerm],
-        signal: Signal | RoutedSignal | None,
+        signal: Signal | RoutedSignal | CrossSignal | None,
     ) -> tuple[Tensor, Tensor]:
         """Terms that look at logits."""
         where = predicted(labels)
@@ -141,27 +146,64 @@ class DistillationModel(nn.Module):
         weight = torch.as_tensor(token_weight, dtype=torch.float32, device=hidden.device)
         weight = weight.expand(len(targets))
         states, head = hidden[:, :-1][where], head_of(self.student, self._vocab_size, check=False)
+        compute = partial(self._objective, head)
+        if isinstance(signal, RoutedSignal):
+            return _of_each_teacher(compute, states, targets, weight, terms, signal, where)
+        if signal is not None and not isinstance(signal, CrossSignal):
+            signal = _said(signal, where)
+        return compute(states, targets, weight, terms, signal)
 
-        def objective(own: Any, said: Signal | None) -> tuple[Tensor, Tensor]:
-            """Of some tokens."""
+    def _objective(
+        self,
+        head: Head,
+        states: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        terms: Sequence[LossTerm],
+        signal: Signal | CrossSignal | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Of some tokens, with one signal; at another vocabulary only losses that are made for it look."""
+        if not isinstance(signal, CrossSignal):
             return distillation_objective(
-                states[own],
+                states,
                 head,
-                targets[own],
-                weight[own],
+                targets,
+                weight,
                 terms,
-                signal=said,
+                signal=signal,
                 chunk_tokens=self._chunk_tokens,
                 memory_mb=self._memory_mb,
             )
+        plain = [term for term in terms if not is_across(term)]
+        across = [term for term in terms if is_across(term)]
+        size = self._chunk_tokens or _ALIGNED_TOKENS
+        total, values = aligned_objective(states, head, targets, weight, across, signal, chunk_tokens=size)
+        if plain:
+            objective, own = self._objective(head, states, targets, weight, plain, None)
+            total, values = total + objective, torch.cat([own, values])
+        order = [[*plain, *across].index(term) for term in terms]
+        return total, values[order]
 
-        if not isinstance(signal, RoutedSignal):
-            return objective(slice(None), None if signal is None else _said(signal, where))
-        row_of = where.nonzero()[:, 0]
-        own = [torch.isin(row_of, rows).nonzero()[:, 0] for rows in signal.rows]
-        said = [_said(part, where[rows]) for rows, part in zip(signal.rows, signal.signals, strict=True)]
-        totals, values = zip(*map(objective, own, said), strict=True)
-        return sum(totals[1:], totals[0]), torch.cat(values, dim=1)[:, torch.cat(own).argsort()]
+
+def _of_each_teacher(
+    compute: Callable[..., tuple[Tensor, Tensor]],
+    states: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    terms: Sequence[LossTerm],
+    signal: RoutedSignal,
+    where: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Each teacher's rows by themselves; values are put back into row order."""
+    row_of, total = where.nonzero()[:, 0], states.new_zeros((), dtype=torch.float32)
+    tokens, values = [], []
+    for rows, said in zip(signal.rows, signal.signals, strict=True):
+        own = torch.isin(row_of, rows).nonzero()[:, 0]
+        objective, value = compute(states[own], targets[own], weight[own], terms, _said(said, where[rows]))
+        total = total + objective
+        tokens.append(own)
+        values.append(value)
+    return total, torch.cat(values, dim=1)[:, torch.cat(tokens).argsort()]
 
 
 def _said(signal: Signal, where: Tensor) -> Signal:

@@ -1,6 +1,7 @@
-"""A config from the options of a command, for those who have no file."""
+"""What several commands share: a config from options, for those who have no file, and quiet libraries."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,3 +44,18 @@ def gaps_config(
         raise ConfigError(f"gaps needs a CONFIG, or {' and '.join(missing)} as well.")
     base = {"run_dir": "unused", "trainer": {"steps": 1}, "teacher": {}, "student": {}}
     return parse_overrides(base, [*extra, *(overrides or [])], where="the options")
+
+
+def quiet_libraries() -> None:
+    """Model loading prints bars and hints that say nothing about the run."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from logging import getLogger
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # says at every checkpoint that tied weights are saved once, as they should be
+    getLogger("accelerate.utils.other").setLevel("ERROR")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ddkmix.alignment import token_bytes
 from ddkmix.config import RunConfig
 from ddkmix.domains import Domain, load_domains
 from ddkmix.errors import ConfigError, ModelError
@@ -20,7 +21,7 @@ from ddkmix.pack import read_packed
 from ddkmix.policies import WeightPolicy, build_policy, next_state
 from ddkmix.storage.location import is_remote
 from ddkmix.teachers import DEFAULT, Teachers, find_teachers
-from ddkmix.tokenizer import TokenizerCard, check_separator, read_tokenizer
+from ddkmix.tokenizer import TokenizerCard, check_separator, read_tokenizer, tokenizer_fingerprint
 from ddkmix.types import DomainLosses
 
 
@@ -31,6 +32,9 @@ class Prepared:
     config: RunConfig
     domains: tuple[Domain, ...]
     tokenizer: TokenizerCard
+    """Of the rows, and of the student."""
+    teacher_tokenizer: TokenizerCard | None
+    """Where the teacher has another one."""
     policy: WeightPolicy
     terms: tuple[LossTerm, ...]
     teachers: Teachers
@@ -52,7 +56,9 @@ class Prepared:
             ModelError: a model has no safetensors.
         """
         own = self.teachers.fingerprint(self.teachers.of_domain[domain], self.config.cache_dir)
-        return hash_json([own, self.vocab_size, self.separator_id])
+        theirs = self.teacher_tokenizer
+        other = [] if theirs is None else [theirs.fingerprint, theirs.separator_id]
+        return hash_json([own, self.vocab_size, self.separator_id, *other])
 
 
 def check(config: RunConfig) -> Prepared:
@@ -69,31 +75,65 @@ def check(config: RunConfig) -> Prepared:
     _check_batch(config)
     _check_trackers(config)
     teacher = read_model_config(config.teacher.model, config.teacher.revision)
-    tokenizer = read_tokenizer(
-        config.teacher.model, revision=config.teacher.revision, separator=config.pack.separator
-    )
+    tokenizer, teacher_tokenizer = read_tokenizers(config, terms)
     if config.trainer.document_boundaries:
-        check_separator(tokenizer)
+        for own in filter(None, (tokenizer, teacher_tokenizer)):
+            check_separator(own)
     _check_local_rows(config, domains, tokenizer)
     teachers = find_teachers(config, domains)
     _check_signal(config, terms)
     student = _student_config(config, teacher)
     _check_matching(config, terms, teachers, student)
     _check_student_tokenizer(config, tokenizer)
+    if teacher_tokenizer is not None:
+        _check_only_teacher(teachers, config)
     models = {"student": student, **_further_teachers(teachers, tokenizer)}
     if DEFAULT in teachers.models:
         models = {"teacher": teacher, **models}
     _check_positions(config, models)
     sizes = {name: model["vocab_size"] for name, model in models.items() if model.get("vocab_size")}
+    if teacher_tokenizer is not None:
+        common_vocab({"teacher": sizes.pop("teacher")}, teacher_tokenizer.vocab_size)
     return Prepared(
         config=config,
         domains=domains,
         tokenizer=tokenizer,
+        teacher_tokenizer=teacher_tokenizer,
         policy=policy,
         terms=terms,
         teachers=teachers,
         vocab_size=common_vocab(sizes, tokenizer.vocab_size),
     )
+
+
+def read_tokenizers(
+    config: RunConfig, terms: Sequence[LossTerm]
+) -> tuple[TokenizerCard, TokenizerCard | None]:
+    """The tokenizer that packs the rows, and the teacher's where that is another one.
+
+    Rows are packed with the teacher's, which the student shares; with the student's where the objective can
+    compare two vocabularies and the student's model has a tokenizer of its own.
+
+    Raises:
+        ModelError: a tokenizer cannot be used.
+        ConfigError: a loss needs one vocabulary and there are two.
+    """
+    teacher, student = config.teacher, config.student
+    across = [term.name for term in terms if _is_across(term)]
+    if across and student.init != "prune" and student.model is not None:
+        own = read_tokenizer(student.model, revision=student.revision, separator=config.pack.separator)
+        theirs = read_tokenizer(teacher.model, revision=teacher.revision)
+        if own.fingerprint != theirs.fingerprint:
+            for term in terms:
+                if term.loss.needs_teacher and not _is_across(term):
+                    raise ConfigError(
+                        f"loss {term.name} compares distributions over one vocabulary, and student "
+                        f"{student.model} and teacher {teacher.model} have different tokenizers; use only "
+                        f"{', '.join(across)} and losses without a teacher."
+                    )
+            token_bytes(own.path)
+            return own, theirs
+    return read_tokenizer(teacher.model, revision=teacher.revision, separator=config.pack.separator), None
 
 
 def dummy_losses(domains: tuple[str, ...], gap: float = 1.0) -> DomainLosses:
@@ -180,17 +220,29 @@ def _check_local_rows(config: RunConfig, domains: tuple[Domain, ...], tokenizer:
     )
 
 
+def _is_across(term: LossTerm) -> bool:
+    return "cross" in getattr(term.loss, "accepts", ())
+
+
+def _check_only_teacher(teachers: Teachers, config: RunConfig) -> None:
+    if list(teachers.models) != [DEFAULT]:
+        raise ConfigError(
+            f"teachers {', '.join(teachers.models)} and student {config.student.model} have different "
+            "tokenizers; with another vocabulary only the one `teacher` can be used."
+        )
+
+
 def _further_teachers(teachers: Teachers, tokenizer: TokenizerCard) -> dict[str, dict[str, Any]]:
     """The configs of the models beside `teacher`; all of them read the same tokens."""
     configs = {}
     for name, model in teachers.models.items():
         if name == DEFAULT:
             continue
-        own = read_tokenizer(model.model, revision=model.revision, separator=tokenizer.separator)
-        if own.fingerprint != tokenizer.fingerprint:
+        own = tokenizer_fingerprint(model.model, model.revision)
+        if own != tokenizer.fingerprint:
             raise ModelError(
                 f"teachers.{name} {model.model} and teacher {tokenizer.name} have different tokenizers "
-                f"({own.fingerprint[:12]} and {tokenizer.fingerprint[:12]}); the rows are packed once, for "
+                f"({own[:12]} and {tokenizer.fingerprint[:12]}); the rows are packed once, for "
                 "all teachers. Use teachers that share a tokenizer."
             )
         configs[f"teachers.{name}"] = read_model_config(model.model, model.revision)
@@ -221,12 +273,11 @@ def _check_student_tokenizer(config: RunConfig, tokenizer: TokenizerCard) -> Non
     if config.student.init != "load":
         return
     assert config.student.model is not None
-    own = read_tokenizer(
-        config.student.model, revision=config.student.revision, separator=tokenizer.separator
-    )
-    if own.fingerprint != tokenizer.fingerprint:
+    own = tokenizer_fingerprint(config.student.model, config.student.revision)
+    if own != tokenizer.fingerprint:
         raise ModelError(
             f"student {config.student.model} and teacher {config.teacher.model} have different tokenizers "
-            f"({own.fingerprint[:12]} and {tokenizer.fingerprint[:12]}); their losses per token cannot be "
-            "compared and a token id means different text. Use a student with the teacher's tokenizer."
+            f"({own[:12]} and {tokenizer.fingerprint[:12]}); their losses per token cannot be "
+            "compared and a token id means different text. Use a student with the teacher's tokenizer, or "
+            "the losses uld or gold, which compare two vocabularies."
         )

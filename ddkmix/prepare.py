@@ -109,10 +109,16 @@ def store_cards(prepared: Prepared) -> dict[str, StoreCard]:
     """What the logits stores of a checked config are made of: for each domain, that of its teacher.
 
     Raises:
-        ConfigError: more classes are to be kept than there are, or hidden states of an ensemble.
+        ConfigError: more classes are to be kept than there are, or hidden states of an ensemble, or rows are
+            not in the teacher's tokens.
         ModelError: a teacher's files cannot be had.
     """
     config = prepared.config
+    if prepared.teacher_tokenizer is not None:
+        raise ConfigError(
+            f"a logits store keeps what a teacher says about rows of its own tokens, and student and teacher "
+            f"{config.teacher.model} have different tokenizers; set signal.source to live."
+        )
     kept = kept_of(config.capture)
     named = {t for term in prepared.terms for t in getattr(term.loss, "temperatures", ())}
     temperatures = {float(t) for t in (*named, *config.capture.temperatures)} - {1.0}

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ddkmix.batch import DenseSignal, Head, RoutedSignal, Signal, TruncatedSignal
+from ddkmix.batch import CrossSignal, DenseSignal, Head, RoutedSignal, Signal, TruncatedSignal
 from ddkmix.logits_store.reader import LogitsStore, Place
 from ddkmix.teacher import SignalSource
 
@@ -43,14 +43,20 @@ class StoredTeacher:
         if kept.all():
             return self._read(places)
         if not kept.any():
-            return self._fallback.signal(batch)
+            return self._live(batch)
         captured, others = kept.nonzero()[:, 0], (~kept).nonzero()[:, 0].to(batch["domain_ids"].device)
-        live = self._fallback.signal({name: tensor[others] for name, tensor in batch.items()})
+        live = self._live({name: tensor[others] for name, tensor in batch.items()})
         stored = self._read([places[i] for i in captured.tolist()])
         numbers, signals = zip(
             *_parts(captured.to(others.device), stored), *_parts(others, live), strict=True
         )
         return RoutedSignal(rows=numbers, signals=signals)
+
+    def _live(self, batch: Mapping[str, Tensor]) -> Signal | RoutedSignal:
+        assert self._fallback is not None
+        said = self._fallback.signal(batch)
+        assert not isinstance(said, CrossSignal)  # nobody stores what is said in another vocabulary
+        return said
 
     def _read(self, places: Sequence[Place]) -> Signal | RoutedSignal:
         said = self._store.read(places)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ddkmix.batch import DenseSignal, EnsembleSignal, RoutedSignal, Signal
+from ddkmix.batch import CrossSignal, DenseSignal, EnsembleSignal, RoutedSignal, Signal
 from ddkmix.boundaries import check_isolation, document_positions
 from ddkmix.losses.reference import logits_of
 from ddkmix.matching import Layers
@@ -21,11 +21,11 @@ from ddkmix.models import head_of, hidden_states
 class SignalSource(Protocol):
     """What the trainer wants of a teacher."""
 
-    def signal(self, batch: Mapping[str, Tensor]) -> Signal | RoutedSignal:
+    def signal(self, batch: Mapping[str, Tensor]) -> Signal | RoutedSignal | CrossSignal:
         """What the teacher says about every position of a batch's rows.
 
         Args:
-            batch: `input_ids` (B, T) and `domain_ids` (B,), as the loader gives them.
+            batch: `input_ids` and `labels` (B, T) and `domain_ids` (B,), as the loader gives them.
         """
         ...
 
@@ -86,7 +86,7 @@ class DomainTeachers:
         for number in sorted(set(teacher_of.tolist())):
             own = (teacher_of == number).nonzero()[:, 0]
             said = self._teachers[number].signal({name: tensor[own] for name, tensor in batch.items()})
-            assert not isinstance(said, RoutedSignal)
+            assert not isinstance(said, RoutedSignal | CrossSignal)
             rows.append(own)
             signals.append(said)
         return RoutedSignal(rows=tuple(rows), signals=tuple(signals))

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from ddkmix.cross_vocabulary import CrossVocabularyTeacher
 from ddkmix.distillation import predicted
 from ddkmix.errors import DataError
 from ddkmix.evaluator import Evaluator, NatsCache, TokenNats
@@ -19,6 +20,11 @@ from ddkmix.preflight import Prepared
 from ddkmix.prepare import store_cards, stores_folder
 from ddkmix.stored_teacher import StoredTeacher
 from ddkmix.teacher import DomainTeachers, EnsembleTeacher, LiveTeacher, SignalSource, label_nats
+from ddkmix.teachers import DEFAULT
+from ddkmix.tokenizer import TokenizerCard
+
+OneTeacher = LiveTeacher | EnsembleTeacher | CrossVocabularyTeacher
+"""What a domain can have."""
 
 _CHUNK_TOKENS = 256
 """Tokens whose logits exist at one time in a measurement, where the config names a budget instead."""
@@ -88,8 +94,15 @@ def open_store(prepared: Prepared, rows: Mapping[str, DomainRows]) -> LogitsStor
     return store
 
 
-def open_teachers(prepared: Prepared, device: torch.device) -> dict[str, LiveTeacher | EnsembleTeacher]:
-    """The teachers in use, by name, loaded onto a device; a model in several of them is loaded once."""
+def open_teachers(prepared: Prepared, device: torch.device) -> Mapping[str, OneTeacher]:
+    """The teachers in use, by name, loaded onto a device."""
+    if prepared.teacher_tokenizer is not None:
+        return {DEFAULT: _other_vocabulary(prepared, prepared.teacher_tokenizer, device)}
+    return open_models(prepared, device)
+
+
+def open_models(prepared: Prepared, device: torch.device) -> dict[str, LiveTeacher | EnsembleTeacher]:
+    """Teachers that read the rows' own tokens; a model in several of them is loaded once."""
     teachers, matched = prepared.teachers, hidden_match_of(prepared.terms)
     layers = () if matched is None else matched.teacher_layers
     models = {
@@ -116,7 +129,7 @@ def teacher_cache(prepared: Prepared, domain: str, device: torch.device) -> Nats
 
 
 def teacher_sums(
-    prepared: Prepared, evaluator: Evaluator, teachers: Mapping[str, LiveTeacher | EnsembleTeacher]
+    prepared: Prepared, evaluator: Evaluator, teachers: Mapping[str, OneTeacher]
 ) -> dict[str, Float[np.ndarray, " R"]]:
     """Held-out row sums of each domain's teacher, measured once per teacher and data and kept on disk."""
     sums: dict[str, Float[np.ndarray, " R"]] = {}
@@ -142,7 +155,7 @@ def _known_sums(prepared: Prepared, evaluator: Evaluator) -> dict[str, Float[np.
 
 
 def teacher_of_all(
-    prepared: Prepared, teachers: Mapping[str, LiveTeacher | EnsembleTeacher], domains: Sequence[str]
+    prepared: Prepared, teachers: Mapping[str, OneTeacher], domains: Sequence[str]
 ) -> SignalSource:
     """One teacher for the batches of all domains."""
     names = list(teachers)
@@ -152,10 +165,24 @@ def teacher_of_all(
     return DomainTeachers(list(teachers.values()), of_domain)
 
 
-def _teacher_nats(teacher: LiveTeacher | EnsembleTeacher, chunk_tokens: int) -> TokenNats:
+def _other_vocabulary(
+    prepared: Prepared, tokenizer: TokenizerCard, device: torch.device
+) -> CrossVocabularyTeacher:
+    """The teacher of a student with another tokenizer."""
+    return CrossVocabularyTeacher(
+        load_teacher(prepared.config.teacher).to(device),
+        student=prepared.tokenizer,
+        teacher=tokenizer,
+        document_boundaries=prepared.separator_id is not None,
+    )
+
+
+def _teacher_nats(teacher: OneTeacher, chunk_tokens: int) -> TokenNats:
     """A teacher as the function that the evaluator measures."""
 
     def nats(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if isinstance(teacher, CrossVocabularyTeacher):
+            return teacher.nats(input_ids, labels, chunk_tokens=chunk_tokens)
         where = predicted(labels)
         said = teacher.signal({"input_ids": input_ids}).at((slice(None), slice(None, -1))).at(where)
         return label_nats(said, labels[:, 1:][where], chunk_tokens=chunk_tokens)

@@ -58,7 +58,7 @@ class TokenStream:
         encodings = self._tokenizer.encode_batch(list(documents), add_special_tokens=False)
         for text, encoding in zip(documents, encodings, strict=True):
             ends = np.array([end for _, end in encoding.offsets], dtype=np.int64)
-            bytes_before = np.concatenate([[0], np.cumsum(_utf8_lengths(text))])
+            bytes_before = np.concatenate([[0], np.cumsum(utf8_lengths(text))])
             size = int(bytes_before[-1])
             # offsets of a normalised text may lack its end; the separator closes the count
             covered = np.concatenate([np.maximum.accumulate(bytes_before[ends]), [size]])
@@ -91,7 +91,8 @@ def _laid_out(layout: RowLayout, stream: Int[np.ndarray, " n"], filler: int) -> 
     return rows.reshape(layout.num_rows, layout.seq_len)
 
 
-def _utf8_lengths(text: str) -> Int[np.ndarray, " n"]:
+def utf8_lengths(text: str) -> Int[np.ndarray, " n"]:
+    """Bytes of each character of a text."""
     points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     lengths: Int[np.ndarray, " n"] = np.searchsorted([0x80, 0x800, 0x10000], points, side="right") + 1
     return lengths

@@ -62,11 +62,20 @@ def read_tokenizer(name: str, *, revision: str | None = None, separator: str | N
     return TokenizerCard(
         name=name,
         path=path,
-        fingerprint=hash_json({k: v for k, v in tree.items() if k not in _NOT_ENCODING}),
+        fingerprint=_fingerprint(tree),
         separator=token,
         separator_id=ids[token],
         vocab_size=max(ids.values()) + 1,
     )
+
+
+def tokenizer_fingerprint(name: str, revision: str | None = None) -> str:
+    """`TokenizerCard.fingerprint` of a model's tokenizer, whatever its separator.
+
+    Raises:
+        ModelError: the files are not there or are not a fast tokenizer's.
+    """
+    return _fingerprint(read_json_object(model_file(name, "tokenizer.json", revision)))
 
 
 def check_separator(tokenizer: TokenizerCard) -> None:
@@ -100,6 +109,10 @@ def check_separator(tokenizer: TokenizerCard) -> None:
                 "trainer.document_boundaries cannot tell where documents begin; use another special token: "
                 f"{special[:8]}."
             )
+
+
+def _fingerprint(tree: dict[str, Any]) -> str:
+    return hash_json({k: v for k, v in tree.items() if k not in _NOT_ENCODING})
 
 
 def _token_ids(tree: dict[str, Any]) -> dict[str, int]:

@@ -244,8 +244,9 @@ def _draw(
 
     First a block, by its sum, then a class in it: only the classes of drawn blocks are looked at one by one.
     """
-    padding = -weights.shape[1] % _BLOCK
-    blocks = torch.nn.functional.pad(weights, (0, padding)).view(len(weights), -1, _BLOCK)
+    whole = -(-weights.shape[1] // _BLOCK)
+    padded = torch.nn.functional.pad(weights, (0, whole * _BLOCK - weights.shape[1]))
+    blocks = padded.view(len(weights), whole, _BLOCK)
     sums = blocks.sum(-1).double()
     ends = sums.cumsum(-1)
     target = _below(uniforms.to(ends.device) * ends[:, -1:], ends[:, -1:])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ddkmix.batch import TruncatedSignal
-from ddkmix.capture import Capturing, Job, Recorder, Teacher, open_capturing
+from ddkmix.capture import Capturing, Job, Teacher, open_capturing
 from ddkmix.config import RunConfig
 from ddkmix.errors import DataError, RowError
 from ddkmix.logits_store.card import find_store
@@ -21,7 +21,7 @@ from ddkmix.pack import Part
 from ddkmix.prepare import storage_of, stores_folder
 from ddkmix.rows import RowReader, byte_reader
 from ddkmix.teacher import dense_logits
-from ddkmix.teaching import open_teachers
+from ddkmix.teaching import open_models
 from ddkmix.tracking import progress_bar
 
 _LARGEST_DIFFERENCE = 0.1
@@ -81,7 +81,7 @@ def verify_store(config: RunConfig, *, part: Part | None = None, ask_rows: int =
             _read_all(store, one, found[one.domain])
             done += one.num_rows
             bar.update(done, note=one.domain)
-    teachers = open_teachers(job.prepared, job.device) if ask_rows else {}
+    teachers = open_models(job.prepared, job.device) if ask_rows else {}
     for name, check in found.items():
         captured = [one for one in jobs if one.domain == name and store.has(name, one.shard)]
         teacher = teachers.get(job.prepared.teachers.of_domain[name])
@@ -123,7 +123,7 @@ def _ask_again(
         for i in range(ask_rows):
             one = captured[i * len(captured) // ask_rows]
             row = i * one.num_rows // ask_rows
-            said, labels = Recorder(job, one, teacher).said(reader, np.array([row]))
+            said, labels = job.recorder(one, teacher).said(reader, np.array([row]))
             for start in range(0, len(labels), _CHUNK_TOKENS):
                 part = slice(start, start + _CHUNK_TOKENS)
                 log_p = dense_logits(said.at(part)).log_softmax(-1).cpu()

@@ -8,8 +8,9 @@ from ddkmix.batch import DenseSignal, Head, RoutedSignal
 from ddkmix.config import Named, Student, Teacher
 from ddkmix.distillation import DistillationModel, predicted
 from ddkmix.errors import ModelError
+from ddkmix.hub import common_vocab
 from ddkmix.losses import build_terms
-from ddkmix.models import build_student, load_teacher
+from ddkmix.models import build_student, load_model, load_teacher
 from ddkmix.teacher import LiveTeacher
 from tests.conftest import save_tiny_model
 
@@ -21,6 +22,7 @@ TERMS = build_terms(
     ]
 )
 CROSS_ENTROPY = TERMS[:1]
+UNTIED = {"tie_word_embeddings": False}
 
 
 @pytest.fixture
@@ -258,6 +260,40 @@ def test_the_literal_objective_of_one_token_by_hand(student, teacher):
     logits = student(ids).logits[0, 0]
     assert F.cross_entropy(logits, ids[0, 1]).item() == pytest.approx(values[0, 0].item(), rel=1e-5)
     assert (values[0, 0] + GAMMA * values[1, 0]).item() == pytest.approx(objective.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("own", "theirs"), [(308, 320), (320, 308), (300, 352), (352, 300)])
+def test_padding_of_either_vocabulary_has_no_part(tmp_path, tokenizer_folder, own, theirs):
+    """Whoever has more classes than the other: value and every gradient are literal for the shared ones, and
+    no class behind them has mass or learns, whatever its weights are."""
+    names = {"student": own, "teacher": theirs}
+    student, teacher = (
+        load_model(
+            str(save_tiny_model(tmp_path / name, tokenizer_folder, seed=size, vocab_size=size, **UNTIED))
+        )
+        for name, size in names.items()
+    )
+    student, teacher, shared = (
+        student.double(),
+        teacher.double().eval().requires_grad_(False),
+        min(own, theirs),
+    )
+    assert shared == common_vocab(names, 300)
+    ids, labels = make_batch()
+    expected, values = literal(student, teacher, ids, labels, vocab_size=shared)
+    expected.backward()
+    truth = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+    for model in (student, teacher):  # padding that would take all the mass
+        with torch.no_grad():
+            model.get_output_embeddings().weight[shared:] = 1e3
+    student.zero_grad()
+    objective, actual = ours(student, teacher, ids, labels, vocab_size=shared)
+    objective.backward()
+    assert expected.item() == pytest.approx(objective.item(), rel=1e-6)
+    torch.testing.assert_close(values, actual.double(), rtol=1e-6, atol=1e-9)
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(truth[name], parameter.grad, rtol=1e-5, atol=1e-6, msg=name)
+    assert not student.get_output_embeddings().weight.grad[shared:].any()
 
 
 # --- a teacher for each row -------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_the_check_notices_wrong_rows(
     elif name == "shifted":
         monkeypatch.setattr(token_stream, "_laid_out", shifted)
     else:
-        monkeypatch.setattr(token_stream, "_utf8_lengths", lambda text: np.ones(len(text), dtype=np.int64))
+        monkeypatch.setattr(token_stream, "utf8_lengths", lambda text: np.ones(len(text), dtype=np.int64))
     with pytest.raises(AssertionError):
         check(tokenizer_folder, texts, 8, "best_fit")
 

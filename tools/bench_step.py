@@ -27,8 +27,8 @@ from torch.nn import functional as F
 
 from ddkmix import trainer
 from ddkmix.checkpoint import claim_run
-from ddkmix.cli import _quiet_libraries
 from ddkmix.config import RunConfig, load_config
+from ddkmix.options import quiet_libraries
 from ddkmix.preflight import check
 from ddkmix.prepare import open_rows
 from ddkmix.setup import _accelerator, _open, _optimizer
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="counted pairs of steps")
     parser.add_argument("--warmup", type=int, default=2, help="pairs not counted, first")
     arguments = parser.parse_args()
-    _quiet_libraries()
+    quiet_libraries()
     folder = Path(tempfile.mkdtemp(prefix="bench-step-"))
     try:
         config = load_config(arguments.config, [f"run_dir={folder / 'run'}", "trainer.log_steps=1"])

@@ -9,7 +9,7 @@ Axis letters: n tokens that are predicted, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -17,6 +17,7 @@ from ddkmix.config import Named
 from ddkmix.errors import ConfigError
 from ddkmix.losses.cross_entropy import CrossEntropy
 from ddkmix.losses.forward_kl import ForwardKL
+from ddkmix.losses.gold import GOLD
 from ddkmix.losses.hidden_consistency import HiddenConsistency
 from ddkmix.losses.hidden_match import HiddenMatch
 from ddkmix.losses.jsd import JSD
@@ -28,15 +29,18 @@ from ddkmix.losses.sinkhorn import Sinkhorn
 from ddkmix.losses.skew_kl import SkewKL
 from ddkmix.losses.skew_reverse_kl import SkewReverseKL
 from ddkmix.losses.total_variation import TotalVariation
+from ddkmix.losses.uld import ULD
 from ddkmix.losses.weights import Rest, WeightSchedule, build_weight, weights_at
 from ddkmix.plugins import build
 from ddkmix.sections import Schedule
 
 __all__ = [
+    "GOLD",
     "JSD",
     "LOSSES",
     "MSE",
     "NLL",
+    "ULD",
     "CrossEntropy",
     "ForwardKL",
     "HiddenConsistency",
@@ -71,10 +75,14 @@ class TokenLoss(Protocol):
             (n,) float32, nats per token. Normalising them is not its business.
 
         A loss may also have a method `value_and_slope(student, teacher, labels)`, which gives the same values
-        and their derivative in closed form, as a `ddkmix.losses.closed_form.Slope`. It is given detached
+        and their derivative in closed form, as a `Slope`. It is given detached
         `LogProbs`, of the student and, where the signal is dense, of the teacher, which losses share. It is
         used where it was written in the same class as `__call__` or in one derived from that; any other loss
         is differentiated by autograd, a few tokens at a time.
+
+        Also optional: `kinds`, which of `accepts` are left with these parameters; `temperatures`, at which
+        the teacher's probabilities are wanted; `token_multiple`, where tokens are compared with each other:
+        calls then start at a multiple of it, and only the last may hold another number of tokens.
         """
         ...
 
@@ -93,6 +101,8 @@ LOSSES: dict[str, type] = {
     "skew_kl": SkewKL,
     "skew_reverse_kl": SkewReverseKL,
     "total_variation": TotalVariation,
+    "uld": ULD,
+    "gold": GOLD,
 }
 """The losses that a config can name."""
 
@@ -142,28 +152,49 @@ def build_terms(specs: Sequence[Named]) -> tuple[LossTerm, ...]:
     return tuple(terms)
 
 
-def check_terms(terms: Sequence[LossTerm], kind: str) -> None:
+def check_terms(terms: Sequence[LossTerm], kind: str, temperatures: Collection[float] | None = None) -> None:
     """Refuse losses that the teacher's signal cannot serve, before anything expensive starts.
 
     Args:
         terms: the objective.
         kind: of the signal: `dense`, or of a truncated one `bucket`, `renormalize`, `drop` or `drawn`.
+        temperatures: other than 1, at which a truncated signal knows log Z; None where that is not known yet.
 
     Raises:
-        ConfigError: a term is not defined for such a signal.
+        ConfigError: a term is not defined for such a signal, or wants the teacher at another temperature.
     """
     for i, term in enumerate(terms):
-        accepts = getattr(term.loss, "accepts", frozenset({"dense"}))
-        kinds = getattr(term.loss, "kinds", accepts)
-        if not term.loss.needs_teacher or kind in kinds:
+        if not term.loss.needs_teacher:
             continue
-        adapt = getattr(term.loss, "adapt", "fixed")
-        by_adapt = kind in accepts and adapt != "fixed"
-        what = f" with adapt: {adapt}" if by_adapt else ""
-        raise ConfigError(
-            f"loss.{i} ({term.name}){what} is not defined for a teacher signal of the kind {kind!r}, only "
-            f"for {', '.join(sorted(kinds))}; {_way_out(kind, kinds, by_adapt=by_adapt)}"
-        )
+        _check_kind(f"loss.{i} ({term.name})", term.loss, kind)
+        if kind == "dense" or temperatures is None or not _needs_log_z(term.loss, kind):
+            continue
+        for wanted in getattr(term.loss, "temperatures", ()):
+            if wanted != 1.0 and wanted not in temperatures:
+                known = ", ".join(str(value) for value in sorted({1.0, *temperatures}))
+                raise ConfigError(
+                    f"loss.{i} ({term.name}) wants the teacher at temperature {wanted}, but its truncated "
+                    f"signal is exact only at {known}; capture it again with this temperature."
+                )
+
+
+def _check_kind(where: str, loss: TokenLoss, kind: str) -> None:
+    accepts = getattr(loss, "accepts", frozenset({"dense"}))
+    kinds = getattr(loss, "kinds", accepts)
+    if kind in kinds:
+        return
+    adapt = getattr(loss, "adapt", "fixed")
+    by_adapt = kind in accepts and adapt != "fixed"
+    what = f" with adapt: {adapt}" if by_adapt else ""
+    raise ConfigError(
+        f"{where}{what} is not defined for a teacher signal of the kind {kind!r}, only "
+        f"for {', '.join(sorted(kinds))}; {_way_out(kind, kinds, by_adapt=by_adapt)}"
+    )
+
+
+def _needs_log_z(loss: TokenLoss, kind: str) -> bool:
+    """Renormalised probabilities are a softmax at any temperature; WTTM weighs with log Z itself."""
+    return kind != "renormalize" or getattr(loss, "adapt", "fixed") == "wttm"
 
 
 def _way_out(kind: str, kinds: frozenset[str], *, by_adapt: bool) -> str:

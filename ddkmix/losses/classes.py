@@ -50,7 +50,9 @@ def log_probs_of(
     log_p = entry_log_probs(teacher, teacher_temperature)
     kept = log_q.gather(1, teacher.ids).masked_fill(log_p == -math.inf, -math.inf)
     rest = log_q.scatter(1, teacher.ids, -math.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([kept, rest], dim=1), torch.cat([log_p, log_complement(log_p)], dim=1)
+    # where every class was kept there is no rest, whatever rounding has left of the teacher's
+    outside = log_complement(log_p).masked_fill(rest == -math.inf, -math.inf)
+    return torch.cat([kept, rest], dim=1), torch.cat([log_p, outside], dim=1)
 
 
 def entry_log_probs(teacher: TruncatedSignal, temperature: float) -> Float[Tensor, "n K"]:
@@ -66,9 +68,11 @@ def entry_weights(teacher: TruncatedSignal, temperature: float) -> Float[Tensor,
     Exact entries count p; drawn ones draws / num_draws x drawn_mass x p_temperature / p; with the tail
     `renormalize` all of them are scaled to sum to 1.
     """
+    if kind_of(teacher) == "renormalize":  # needs no log Z, which a softmax takes off again
+        return (teacher.log_probs / temperature).softmax(-1)
     log_p = entry_log_probs(teacher, temperature)
     if teacher.draws is None:
-        return log_p.softmax(-1) if teacher.tail == "renormalize" else log_p.exp()
+        return log_p.exp()
     assert teacher.drawn_mass is not None
     share = teacher.draws / teacher.num_draws * teacher.drawn_mass[:, None]
     drawn = share * (log_p - teacher.log_probs.clamp(min=-1e30)).exp()

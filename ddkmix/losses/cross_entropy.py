@@ -40,7 +40,16 @@ class CrossEntropy:
         return cross_entropy(student_logits, labels, reduction="none")
 
     def value_and_slope(self, student: Any, teacher: Any, labels: Any) -> tuple[Any, Any]:
-        """-log q of the labels, whose derivative by log q is -1 at the label; see `TokenLoss`."""
+        """-log q of the labels, whose derivative by log q is -1 at the label; see `TokenLoss`.
+
+        Args:
+            student: `LogProbs` of its logits, without a gradient.
+            teacher: not looked at.
+            labels: (n,) int64, the next tokens.
+
+        Returns:
+            (n,) values, and a `Slope`.
+        """
         from ddkmix.losses.closed_form import Slope
 
         ids = labels[:, None]

@@ -94,7 +94,16 @@ class Divergence:
         return by_autograd(self.between, log_q, log_p)
 
     def value_and_slope(self, student: Any, teacher: Any, labels: Any) -> tuple[Any, Any]:
-        """What `__call__` gives, and its derivative; see `TokenLoss`."""
+        """What `__call__` gives, and its derivative; see `TokenLoss`.
+
+        Args:
+            student: `LogProbs` of its logits, without a gradient.
+            teacher: `LogProbs` of its logits, or a TruncatedSignal of the n tokens.
+            labels: not looked at.
+
+        Returns:
+            (n,) values, and a `Slope`.
+        """
         from ddkmix.losses import classes, closed_form, temperature
 
         tempered = self.tempering(student, teacher)
@@ -141,7 +150,7 @@ class Divergence:
             teacher: its `LogProbs`, or a TruncatedSignal of the same tokens.
 
         Returns:
-            A `ddkmix.losses.temperature.Tempering`: numbers for all tokens, or (n,) for each.
+            Three numbers for all tokens, or (n,) tensors: `student`, `teacher` and `factor`.
         """
         from ddkmix.losses import temperature
 

@@ -53,7 +53,16 @@ class ForwardKL(Divergence):
         return self._over_entries(closed_form.LogProbs(student_logits), teacher)[0]
 
     def value_and_slope(self, student: Any, teacher: Any, labels: Any) -> tuple[Any, Any]:
-        """The sum and its derivative, -p of every class or the weights of the entries; see `TokenLoss`."""
+        """The sum and its derivative, -p of every class or the weights of the entries; see `TokenLoss`.
+
+        Args:
+            student: `LogProbs` of its logits, without a gradient.
+            teacher: `LogProbs` of its logits, or a TruncatedSignal of the n tokens.
+            labels: not looked at.
+
+        Returns:
+            (n,) values, and a `Slope`.
+        """
         from ddkmix.losses import classes, closed_form
 
         if isinstance(teacher, closed_form.LogProbs) or classes.kind_of(teacher) == "bucket":

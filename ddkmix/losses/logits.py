@@ -16,9 +16,9 @@ from ddkmix.losses.closed_form import LogProbs
 Block = LogProbs | TruncatedSignal | None
 """What a teacher says about some rows of a chunk."""
 
-_BLOCK_ELEMENTS = {"cpu": 2**19}
+_BLOCK_ELEMENTS = {"cpu": 2**20}
 _BLOCK_ELEMENTS_ELSEWHERE = 2**24
-"""Logits of a block: 2 MB, which a CPU's cache holds; on a GPU large enough to hide the launches."""
+"""Logits of a block: 4 MB, which a CPU's cache holds; on a GPU large enough to hide the launches."""
 
 
 def compute_type(hidden: Tensor) -> torch.dtype:
@@ -52,8 +52,10 @@ class Projection:
     def project(self, part: slice) -> Float[Tensor, "c V"]:
         """h W^T + b of a chunk, before scale and soft cap; it is gone with the next chunk."""
         hidden = self._hidden[part]
-        raw = torch.mm(hidden, self.weight.T, out=self._buffer[: len(hidden)])
-        return raw if self._bias is None else raw.add_(self._bias)
+        out = self._buffer[: len(hidden)]
+        if self._bias is None:
+            return torch.mm(hidden, self.weight.T, out=out)
+        return torch.addmm(self._bias, hidden, self.weight.T, out=out)  # rounded once
 
     def finish(self, raw: Float[Tensor, "b V"]) -> Float[Tensor, "b V"]:
         """The logits of a block."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +17,7 @@ from ddkmix.losses.hidden_match import HiddenMatch
 from ddkmix.losses.liger import liger_objective
 from ddkmix.losses.reference import logits_of, reference_objective
 
-Implementation = Literal["chunked", "reference", "liger"]
+IMPLEMENTATIONS = ("chunked", "reference", "liger")
 """`chunked` needs little memory, `reference` is for reading and for tests, `liger` is another's kernel."""
 
 _FEWEST_TOKENS = 64
@@ -38,7 +37,7 @@ def distillation_objective(
     terms: Sequence[LossTerm],
     *,
     signal: Signal | None = None,
-    impl: Implementation = "chunked",
+    impl: str = "chunked",
     chunk_tokens: int | None = None,
     memory_mb: float = 512.0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "terms n"]]:
@@ -120,12 +119,10 @@ def _detached(head: Head) -> Head:
     return replace(head, weight=head.weight.detach(), bias=bias)
 
 
-def _check(
-    hidden: Tensor, head: Head, terms: Sequence[LossTerm], signal: Signal | None, impl: Implementation
-) -> None:
+def _check(hidden: Tensor, head: Head, terms: Sequence[LossTerm], signal: Signal | None, impl: str) -> None:
     """What would otherwise end in an error from inside torch, or in a wrong number."""
-    if impl not in get_args(Implementation):
-        raise ConfigError(f"impl = {impl!r}; it is one of {', '.join(get_args(Implementation))}.")
+    if impl not in IMPLEMENTATIONS:
+        raise ConfigError(f"impl = {impl!r}; it is one of {', '.join(IMPLEMENTATIONS)}.")
     if hasattr(head.weight, "placements"):
         raise ModelError(
             "the student's output weights are a shard (DTensor); FSDP gathers them in the forward pass of "
@@ -139,7 +136,7 @@ def _check(
                 "DistillationModel, or ddkmix.matching."
             )
     if signal is not None:
-        check_terms(terms, kind)
+        check_terms(terms, kind, signal.log_z.keys() if isinstance(signal, TruncatedSignal) else None)
     members = signal.members if isinstance(signal, EnsembleSignal) else (signal,)
     for member in members:
         if isinstance(member, DenseSignal) and _classes(member.head) != _classes(head):

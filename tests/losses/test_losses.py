@@ -1,6 +1,6 @@
 """The table of losses, and what a config may say about them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -11,7 +11,7 @@ from ddkmix.errors import ConfigError
 from ddkmix.losses import LOSSES, CrossEntropy, ForwardKL, LossTerm, build_terms, check_terms
 from tests.conftest import REPO
 from tests.losses.signals import KINDS, teacher_of
-from tests.losses.stores import random_pair
+from tests.losses.stores import random_pair, top
 
 
 def specs(*entries: dict[str, Any]) -> list[Named]:
@@ -172,8 +172,8 @@ def test_every_loss_serves_the_kinds_that_it_names(kind):
             {"name": "reverse_kl"},
             "renormalize",
             "loss.1 (reverse_kl) is not defined for a teacher signal of the kind 'renormalize', only for "
-            "bucket, dense; set the signal's tail to bucket, or use one of forward_kl, jsd, mse, nll, skew_kl, "
-            "skew_reverse_kl, total_variation.",
+            "bucket, dense; set the signal's tail to bucket, or use one of forward_kl, jsd, mse, nll, "
+            "skew_kl, skew_reverse_kl, total_variation.",
         ),
         (
             {"name": "ranking"},
@@ -214,3 +214,32 @@ class Outsider:
     def __call__(self, student_logits: Any, teacher_logits: Any, labels: Any) -> Any:
         """Differences of the first logits."""
         return student_logits[:, 0] - teacher_logits[:, 0]
+
+
+def test_a_temperature_that_a_store_does_not_know_is_one_line():
+    """Before a training step fails for want of log Z; renormalised signals need it for WTTM alone."""
+    terms = build_terms(specs({"name": "cross_entropy"}, {"name": "forward_kl", "temperature": 3.0}))
+    for kind, known in (("dense", ()), ("bucket", None), ("bucket", (2.0, 3.0)), ("renormalize", ())):
+        check_terms(terms, kind, known)
+    with pytest.raises(ConfigError) as error:
+        check_terms(terms, "bucket", (2.0,))
+    assert (
+        "loss.1 (forward_kl) wants the teacher at temperature 3.0, but its truncated signal is exact only at "
+        "1.0, 2.0; capture it again with this temperature."
+    ) == str(error.value)
+    wttm = {"name": "forward_kl", "temperature": 3.0, "temperature_on": "teacher", "adapt": "wttm"}
+    with pytest.raises(ConfigError, match="wants the teacher at temperature 3"):
+        check_terms(build_terms(specs(wttm)), "renormalize", ())
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "nll", "jsd", "mse"])
+def test_a_renormalised_signal_serves_any_temperature(name):
+    """It is a softmax over the kept classes, so no log Z is asked for."""
+    student, logits = random_pair()
+    signal = replace(top(logits, 3, "renormalize"), log_z={})
+    values = LOSSES[name](temperature=3.3)(student, signal, None)
+    full = top(logits, 3, "renormalize")
+    log_z = {3.3: (logits.log_softmax(-1) / 3.3).logsumexp(-1)}
+    assert (
+        values.tolist() == LOSSES[name](temperature=3.3)(student, replace(full, log_z=log_z), None).tolist()
+    )

@@ -18,6 +18,13 @@ def test_it_is_the_logarithm_of_the_mixture(share, difference):
     assert math.log(1 - share + share * math.exp(difference)) == pytest.approx(actual, rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize("difference", [29.0, 31.0])
+def test_a_tiny_share_is_exact_on_both_sides(difference):
+    """1e-12 x e^31 is about as much as the other part."""
+    actual = log_mixed(1e-12, torch.tensor([[difference]], dtype=torch.float64)).item()
+    assert math.log1p(1e-12 * math.expm1(difference)) == pytest.approx(actual, rel=1e-9)
+
+
 @pytest.mark.parametrize("difference", [29.9, 30.0, 30.1, -745.0, 0.0, 2.0])
 def test_its_derivative_is_finite_and_continuous(difference):
     """share e^d / (1 - share + share e^d), by finite differences."""

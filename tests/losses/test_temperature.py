@@ -6,10 +6,22 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from ddkmix.batch import DenseSignal, Head
 from ddkmix.config import Named
 from ddkmix.errors import ConfigError
-from ddkmix.losses import JSD, MSE, NLL, ForwardKL, ReverseKL, SkewKL, TotalVariation, build_terms
+from ddkmix.losses import (
+    JSD,
+    MSE,
+    NLL,
+    ForwardKL,
+    LossTerm,
+    ReverseKL,
+    SkewKL,
+    TotalVariation,
+    build_terms,
+)
 from ddkmix.losses.closed_form import LogProbs, logit_gradient
+from ddkmix.losses.liger import why_not
 from ddkmix.losses.temperature import deviation
 from tests.losses.signals import KINDS, teacher_of
 from tests.losses.stores import random_pair, top
@@ -166,6 +178,17 @@ def test_what_is_wanted_of_a_store_and_what_it_can_serve():
     assert ((2.0,), ForwardKL.accepts) == (wttm.temperatures, wttm.kinds)
     assert {"dense"} == MSE(of="logits").kinds
     assert MSE.accepts == MSE().kinds
+
+
+def test_ligers_kernel_is_refused_where_tokens_have_temperatures_of_their_own():
+    """It knows one for all."""
+    head = Head(weight=torch.zeros(3, 2))
+    signal = DenseSignal(hidden=torch.zeros(4, 2), head=head)
+    reasons = {"fixed": "", "adakd_h": "has one temperature for all tokens"}
+    for adapt, reason in reasons.items():
+        loss = ForwardKL(adapt=adapt)
+        terms = [LossTerm("forward_kl", 1.0, loss)]
+        assert reason == why_not(torch.zeros(4, 2), head, torch.ones(4), terms, signal)
 
 
 @pytest.mark.parametrize(

@@ -276,7 +276,7 @@ def test_counting_characters_fails_the_byte_check(
     tmp_path: Path, tokenizer: TokenizerCard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check notices code that takes a character for a byte."""
-    monkeypatch.setattr(token_stream, "_utf8_lengths", lambda text: np.ones(len(text), dtype=np.int64))
+    monkeypatch.setattr(token_stream, "utf8_lengths", lambda text: np.ones(len(text), dtype=np.int64))
     train = packed_of(tmp_path, tokenizer, [["aé😀中"]]).train
     with pytest.raises(AssertionError):
         check_bytes_telescope(train.shards[0], ["aé😀中"], Tokenizer.from_file(str(tokenizer.path)))
