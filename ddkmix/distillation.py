@@ -5,9 +5,9 @@ it, and never by its parameters from outside, so those hooks see every use.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,9 +18,10 @@ from ddkmix.boundaries import check_isolation, document_positions
 from ddkmix.errors import ConfigError
 from ddkmix.losses import LossTerm
 from ddkmix.losses.aligned import aligned_objective, is_across
+from ddkmix.losses.hidden_consistency import HiddenConsistency
 from ddkmix.losses.hidden_match import HiddenMatch
 from ddkmix.losses.objective import distillation_objective
-from ddkmix.matching import Matching, teacher_states
+from ddkmix.matching import Matching, Mixing, teacher_states
 from ddkmix.models import head_of, hidden_states
 from ddkmix.sources import IGNORE
 
@@ -40,16 +41,19 @@ class DistillationModel(nn.Module):
         memory_mb: float = 512.0,
         separator_id: int | None = None,
         matching: Matching | None = None,
+        consistency: HiddenConsistency | None = None,
     ) -> None:
         """Documents of a row see each other unless there is a `separator_id` that keeps them apart.
 
-        `matching` has the projections of a `hidden_match` term, which are trained with the student.
+        `matching` has the projections of a `hidden_match` term, which are trained with the student;
+        `consistency` is the loss of a `hidden_consistency` term.
         """
         super().__init__()
         head_of(student)  # refuses a model that cannot be split, before training starts
         if separator_id is not None:
             check_isolation(student, separator_id)
         self.student, self.matching = student, matching
+        self._mixing = None if consistency is None else Mixing(consistency, student)
         self._vocab_size, self._chunk_tokens, self._memory_mb = vocab_size, chunk_tokens, memory_mb
         self._separator_id = separator_id
 
@@ -75,24 +79,51 @@ class DistillationModel(nn.Module):
             The sum over predicted tokens of token_weight x weighted losses, and the detached value of each
             term at the n predicted tokens, in row order (see `predicted`).
         """
-        others = [term for term in terms if not isinstance(term.loss, HiddenMatch)]
+        others = [t for t in terms if not isinstance(t.loss, HiddenMatch | HiddenConsistency)]
         if len(others) == len(terms):
             return self._of_logits(self._states(input_ids), labels, token_weight, terms, signal)
-        if self.matching is None:
-            raise ConfigError("loss hidden_match: this DistillationModel was made without `matching`.")
-        with self.matching.layers.recorded(self.student) as outputs:
+        with ExitStack() as recording:
+            outputs: dict[type, dict[int, Tensor]] = {
+                kind: recording.enter_context(part.layers.recorded(self.student))
+                for kind, part in ((HiddenMatch, self.matching), (HiddenConsistency, self._mixing))
+                if part is not None
+            }
             hidden = self._states(input_ids)
-        where = predicted(labels)
-        about: Any = signal
+        compared = {
+            i: self._compared(term, outputs.get(type(term.loss)), input_ids, labels, signal)
+            for i, term in enumerate(terms)
+            if term not in others
+        }
         if isinstance(signal, DenseSignal):  # the objective must not copy the layers once more
-            about, signal = _said(signal, where), replace(signal, layers={})
-        theirs = teacher_states(about, self.matching.loss)
-        own = {number: output[:, :-1][where] for number, output in outputs.items()}
-        distance = self.matching(own, theirs)
+            signal = replace(signal, layers={})
         objective, values = self._of_logits(hidden, labels, token_weight, others, signal)
-        (at,) = [i for i, term in enumerate(terms) if isinstance(term.loss, HiddenMatch)]
-        objective = objective + terms[at].weight * (distance * token_weight).sum()
-        return objective, torch.cat([values[:at], distance.detach()[None], values[at:]])
+        rows = iter(values)
+        for i, distance in compared.items():
+            objective = objective + terms[i].weight * (distance * token_weight).sum()
+        in_order = [compared[i].detach() if i in compared else next(rows) for i in range(len(terms))]
+        return objective, torch.stack(in_order)
+
+    def _compared(
+        self,
+        term: LossTerm,
+        outputs: dict[int, Tensor] | None,
+        input_ids: Tensor,
+        labels: Tensor,
+        signal: Signal | RoutedSignal | CrossSignal | None,
+    ) -> Tensor:
+        """The values of a term that compares outputs of layers, at the predicted tokens."""
+        if outputs is None:
+            part = "matching" if isinstance(term.loss, HiddenMatch) else "consistency"
+            raise ConfigError(f"loss {term.name}: this DistillationModel was made without `{part}`.")
+        if self._mixing is not None and isinstance(term.loss, HiddenConsistency):
+            positions = document_positions(input_ids, self._separator_id)
+            return self._mixing.values(self.student, outputs, input_ids, labels, positions)
+        assert self.matching is not None
+        where = predicted(labels)
+        about = _said(signal, where) if isinstance(signal, DenseSignal) else signal
+        own = {number: output[:, :-1][where] for number, output in outputs.items()}
+        distance: Tensor = self.matching(own, teacher_states(about, self.matching.loss))
+        return distance
 
     def _states(self, input_ids: Tensor) -> Float[Tensor, "B T D"]:
         """The student's last hidden states, in the type in which it computes."""

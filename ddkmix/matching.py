@@ -3,16 +3,19 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from zlib import crc32
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ddkmix.batch import DenseSignal
 from ddkmix.errors import ConfigError
 from ddkmix.losses import LossTerm
+from ddkmix.losses.hidden_consistency import HiddenConsistency
 from ddkmix.losses.hidden_match import HiddenMatch, check_layers_exist
-from ddkmix.models import layer_prefix
+from ddkmix.models import hidden_states, layer_prefix
+from ddkmix.sources import IGNORE
 
 
 class Layers:
@@ -104,6 +107,67 @@ class Matching(nn.Module):
             return torch.stack(distances).mean(0)
 
 
+class Mixing:
+    """The states of mixtures of rows, for a HiddenConsistency."""
+
+    def __init__(self, loss: HiddenConsistency, student: nn.Module) -> None:
+        """Refuses layers that the student does not have.
+
+        Raises:
+            ConfigError: a layer does not exist.
+            ModelError: the student's layers cannot be found.
+        """
+        self.loss, self.layers = loss, Layers("student", student, loss.layers)
+
+    def values(
+        self,
+        student: nn.Module,
+        plain: Mapping[int, Float[Tensor, "B T D"]],
+        input_ids: Int[Tensor, "B T"],
+        labels: Int[Tensor, "B T"],
+        position_ids: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, " n"]:
+        """The regulariser at the n predicted tokens of a micro-batch, in row order; one forward pass.
+
+        Args:
+            student: the model to train.
+            plain: outputs of the layers for the rows as they are, by number.
+            input_ids: rows of tokens.
+            labels: the same, -100 where there is only padding.
+            position_ids: those of the rows as they are.
+        """
+        partner, shares = partners(input_ids, self.loss.seed)
+        shares = torch.where(labels[partner] == IGNORE, 1.0, shares[:, None])
+        embedded: Tensor = student.get_input_embeddings()(input_ids)  # type: ignore[operator]
+        mixed = torch.lerp(embedded[partner], embedded, shares[..., None].to(embedded.dtype))
+        with self.layers.recorded(student) as outputs:
+            hidden_states(student, input_ids, position_ids, embeddings=mixed)
+        where = labels[:, 1:] != IGNORE
+        share, distances = shares[:, :-1][where], []
+        for layer in self.loss.layers:
+            of_mix, own, other = (
+                states[:, :-1][where].float()
+                for states in (outputs[layer], plain[layer], plain[layer][partner])
+            )
+            distances.append(
+                share * self.loss(of_mix, own, None) + (1 - share) * self.loss(of_mix, other, None)
+            )
+        return torch.stack(distances).mean(0)
+
+
+def partners(input_ids: Int[Tensor, "B T"], seed: int) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+    """The row that each row of a micro-batch is mixed with, and its own share max(u, 1 - u) of the mixture.
+
+    Drawn from the tokens and `seed` alone, so that nothing has to be saved; Beta(1, 1) is uniform.
+    """
+    odd = torch.arange(input_ids.numel(), device=input_ids.device) * 2 + 1
+    content = int((input_ids.flatten() * odd).sum())
+    generator = torch.Generator().manual_seed(crc32(f"{content} {seed}".encode()))  # it takes 32 bits
+    partner = torch.randperm(len(input_ids), generator=generator)
+    uniform = torch.rand(len(input_ids), generator=generator)
+    return partner.to(input_ids.device), torch.maximum(uniform, 1 - uniform).to(input_ids.device)
+
+
 def teacher_states(signal: object, loss: HiddenMatch) -> Mapping[int, Float[Tensor, "n E"]]:
     """What a signal about n tokens holds of the teacher's layers, by number.
 
@@ -123,6 +187,11 @@ def teacher_states(signal: object, loss: HiddenMatch) -> Mapping[int, Float[Tens
 def hidden_match_of(terms: Sequence[LossTerm]) -> HiddenMatch | None:
     """The hidden-state matching of an objective, if it has one."""
     return next((term.loss for term in terms if isinstance(term.loss, HiddenMatch)), None)
+
+
+def consistency_of(terms: Sequence[LossTerm]) -> HiddenConsistency | None:
+    """The consistency of hidden states in an objective, if it has one."""
+    return next((term.loss for term in terms if isinstance(term.loss, HiddenConsistency)), None)
 
 
 def _keeping(outputs: dict[int, Tensor], number: int) -> Any:

@@ -152,13 +152,19 @@ def head_of(model: nn.Module, vocab_size: int | None = None, *, check: bool = Tr
 
 
 def hidden_states(
-    model: nn.Module, input_ids: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"] | None = None
+    model: nn.Module,
+    input_ids: Int[Tensor, "B T"],
+    position_ids: Int[Tensor, "B T"] | None = None,
+    *,
+    embeddings: Float[Tensor, "B T D"] | None = None,
 ) -> Float[Tensor, "B T D"]:
-    """The last hidden states, after the final norm. Rows are padded at the end only, so causal attention
-    needs no mask; where `position_ids` restart, so does attention (`boundaries.check_isolation`)."""
+    """The last hidden states, after the final norm, of tokens or in their place of `embeddings`. Rows are
+    padded at the end only, so causal attention needs no mask; where `position_ids` restart, so does attention
+    (`boundaries.check_isolation`)."""
+    source = {"input_ids": input_ids} if embeddings is None else {"inputs_embeds": embeddings}
     positions = {} if position_ids is None else {"position_ids": position_ids}
     hidden: Float[Tensor, "B T D"] = backbone_of(model)(
-        input_ids=input_ids, use_cache=False, **positions
+        **source, use_cache=False, **positions
     ).last_hidden_state
     return hidden
 

@@ -15,6 +15,7 @@ from ddkmix.errors import ConfigError, ModelError
 from ddkmix.fingerprint import hash_json
 from ddkmix.hub import check_layers, common_vocab, read_model_config
 from ddkmix.losses import LossTerm, build_terms, check_terms, check_weights
+from ddkmix.losses.hidden_consistency import HiddenConsistency
 from ddkmix.losses.hidden_match import HiddenMatch, check_layers_exist
 from ddkmix.pack import read_packed
 from ddkmix.policies import WeightPolicy, build_policy, next_state
@@ -172,23 +173,23 @@ def _check_matching(
     config: RunConfig, terms: Sequence[LossTerm], teachers: Teachers, student: dict[str, Any]
 ) -> None:
     """Hidden states are those of one live model, and the layers that are compared exist."""
-    loss = next((term.loss for term in terms if isinstance(term.loss, HiddenMatch)), None)
-    if loss is None:
-        return
-    if config.signal.source != "live" or [len(shares) for shares in teachers.members.values()] != [1]:
-        raise ConfigError(
-            "loss hidden_match compares hidden states with those of one model, and a store holds none; set "
-            "signal.source to live and let one teacher teach all domains, or leave the loss out."
-        )
-    (model,) = teachers.models.values()
     kept = config.student.layers if config.student.init == "prune" else None
-    numbers = {
-        "student": len(kept) if kept else student.get("num_hidden_layers"),
-        "teacher": read_model_config(model.model, model.revision).get("num_hidden_layers"),
-    }
-    for who, wanted in (("student", loss.student_layers), ("teacher", loss.teacher_layers)):
-        if (number := numbers[who]) is not None:
-            check_layers_exist(who, wanted, number)
+    own = len(kept) if kept else student.get("num_hidden_layers")
+    for term in terms:
+        if isinstance(term.loss, HiddenConsistency) and own is not None:
+            check_layers_exist("student", term.loss.layers, own)
+        if not isinstance(term.loss, HiddenMatch):
+            continue
+        if config.signal.source != "live" or [len(shares) for shares in teachers.members.values()] != [1]:
+            raise ConfigError(
+                "loss hidden_match compares hidden states with those of one model, and a store holds none; "
+                "set signal.source to live and let one teacher teach all domains, or leave the loss out."
+            )
+        (model,) = teachers.models.values()
+        theirs = read_model_config(model.model, model.revision).get("num_hidden_layers")
+        if own is not None and theirs is not None:
+            check_layers_exist("student", term.loss.student_layers, own)
+            check_layers_exist("teacher", term.loss.teacher_layers, theirs)
 
 
 def _check_batch(config: RunConfig) -> None:

@@ -10,9 +10,9 @@ import torch
 from ddkmix.checkpoint import claim_run, config_changes, find_run, load_checkpoint
 from ddkmix.config import RunConfig
 from ddkmix.distillation import DistillationModel
-from ddkmix.errors import RunError
+from ddkmix.errors import ConfigError, RunError
 from ddkmix.evaluator import Evaluator, select_rows
-from ddkmix.matching import Matching, hidden_match_of
+from ddkmix.matching import Matching, consistency_of, hidden_match_of
 from ddkmix.metrics import LossWindow
 from ddkmix.models import build_student, save_student
 from ddkmix.pack import PackedDomain
@@ -191,7 +191,11 @@ def _distillation(
     """The student with its objective; with the projections of hidden states where there is a teacher."""
     loss, matching = hidden_match_of(prepared.terms), None
     if loss is not None and teacher is not None:
-        assert isinstance(teacher, LiveTeacher)  # `preflight.check` has seen to it
+        if not isinstance(teacher, LiveTeacher):  # one of another tokenizer: its tokens are others
+            raise ConfigError(
+                "loss hidden_match compares hidden states token by token, and the teacher has another "
+                "tokenizer than the student; leave the loss out."
+            )
         matching = Matching(loss, model, teacher.model, seed=prepared.config.seed)
     return DistillationModel(
         model,
@@ -200,6 +204,7 @@ def _distillation(
         memory_mb=prepared.config.trainer.logits_memory_mb,
         separator_id=prepared.separator_id,
         matching=matching,
+        consistency=None if teacher is None else consistency_of(prepared.terms),
     )
 
 

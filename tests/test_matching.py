@@ -14,8 +14,9 @@ from ddkmix.config import Named, Student, Teacher, parse_config
 from ddkmix.distillation import DistillationModel, predicted
 from ddkmix.errors import ConfigError
 from ddkmix.losses import build_terms
+from ddkmix.losses.hidden_consistency import HiddenConsistency
 from ddkmix.losses.hidden_match import HiddenMatch
-from ddkmix.matching import Layers, Matching
+from ddkmix.matching import Layers, Matching, partners
 from ddkmix.models import build_student, hidden_states, load_teacher
 from ddkmix.preflight import check
 from ddkmix.setup import train
@@ -233,6 +234,90 @@ def test_a_batch_of_padding_alone_is_no_distance(student: torch.nn.Module, teach
     assert all(not parameter.grad.any() for parameter in model.matching.parameters())
 
 
+# --- consistency ----------------------------------------------------------------------------------------
+
+
+def mixed_objective(**options: Any) -> tuple[Any, ...]:
+    """Cross-entropy and the consistency of these layers."""
+    return build_terms(
+        [
+            Named.model_validate({"name": "cross_entropy"}),
+            Named.model_validate({"name": "hidden_consistency", "weight": 0.1, **options}),
+        ]
+    )
+
+
+def test_consistency_is_the_literal_sum(student: torch.nn.Module) -> None:
+    """lam d(f(m), f(x)) + (1 - lam) d(f(m), f(x')), token by token from transformers' own hidden states of
+    embeddings that were mixed here; where the partner has ended, lam is 1. Gradients of all parameters."""
+    terms = mixed_objective(layers=[0, -1], seed=3)
+    model = DistillationModel(student, consistency=terms[1].loss)
+    partner, shares = partners(IDS, 3)
+    assert (shares >= 0.5).all() and (partner != torch.arange(3)).any()
+    table = student.get_input_embeddings().weight
+    mixture = []
+    for row in range(3):
+        other = int(partner[row])
+        lam = [float(shares[row]) if LABELS[other, t] != -100 else 1.0 for t in range(8)]
+        rows = [lam[t] * table[IDS[row, t]] + (1 - lam[t]) * table[IDS[other, t]] for t in range(8)]
+        mixture.append((lam, torch.stack(rows)))
+    f = student(IDS, output_hidden_states=True).hidden_states[1]
+    of_mix = torch.cat(
+        [
+            student.model.layers[0](
+                rows[None], position_embeddings=student.model.rotary_emb(rows[None], torch.arange(8)[None])
+            )
+            for _, rows in mixture
+        ]
+    )
+    expected = torch.stack(
+        [
+            mixture[row][0][t] * ((of_mix[row, t] - f[row, t]) ** 2).mean()
+            + (1 - mixture[row][0][t]) * ((of_mix[row, t] - f[int(partner[row]), t]) ** 2).mean()
+            for row in range(3)
+            for t in range(7)
+            if LABELS[row, t + 1] != -100
+        ]
+    )
+    one = DistillationModel(student, consistency=HiddenConsistency(layers=(0,), seed=3))
+    terms = mixed_objective(layers=[0], seed=3)
+    total, values = one(IDS, LABELS, 1 / 12, terms)
+    torch.testing.assert_close(expected, values[1], rtol=1e-3, atol=1e-6)
+    assert (values[0] + 0.1 * values[1]).mean().item() == pytest.approx(total.item(), rel=1e-5)
+    parameters = list(student.model.layers[0].parameters())
+    theirs = torch.autograd.grad(0.1 * expected.mean(), parameters, retain_graph=True)
+    plain = torch.autograd.grad(one(IDS, LABELS, 1 / 12, terms[:1])[0], parameters)
+    ours = torch.autograd.grad(total, parameters)
+    for a, b, c in zip(theirs, plain, ours, strict=True):
+        torch.testing.assert_close(a + b, c, rtol=1e-3, atol=1e-6)
+    both = model(IDS, LABELS, 1 / 12, mixed_objective(layers=[0, -1], seed=3))[1][1]
+    last = DistillationModel(student, consistency=HiddenConsistency(seed=3))
+    torch.testing.assert_close((values[1] + last(IDS, LABELS, 1.0, mixed_objective(seed=3))[1][1]) / 2, both)
+
+
+def test_partners_follow_from_tokens_and_seed() -> None:
+    """The same again, whatever torch's random state is; others for other tokens or another seed."""
+    torch.manual_seed(1)
+    first = partners(IDS, 0)
+    torch.manual_seed(2)
+    again = partners(IDS, 0)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    for ids, seed in ((IDS, 1), (IDS.roll(1, 0), 0)):
+        assert not torch.equal(first[1], partners(ids, seed)[1])
+    many = partners(torch.arange(4000)[:, None], 0)
+    assert list(range(4000)) == sorted(many[0].tolist())
+    assert (0.5, 0.75) == pytest.approx((many[1].min().item(), many[1].mean().item()), abs=0.01)
+
+
+def test_a_row_alone_is_consistent(student: torch.nn.Module) -> None:
+    """It is its own mixture."""
+    model = DistillationModel(student, consistency=HiddenConsistency())
+    values = model(IDS[:1], LABELS[:1], 1.0, mixed_objective())[1]
+    assert values[1].abs().max() < 1e-8
+    with pytest.raises(ConfigError, match="was made without `consistency`"):
+        DistillationModel(student)(IDS, LABELS, 1.0, mixed_objective())
+
+
 # --- in a run -----------------------------------------------------------------------------------------
 
 
@@ -240,6 +325,7 @@ def run_tree(tiny_config: Make, narrow: Path, **sections: Any) -> ConfigTree:
     """A run of a narrow student with two pairs of layers."""
     loss = [
         {"name": "cross_entropy", "weight": "rest"},
+        {"name": "hidden_consistency", "weight": {"schedule": "linear", "start": 0, "end": 0.1}},
         {
             "name": "hidden_match",
             "pairs": [[0, 0], [1, 1]],
@@ -262,8 +348,9 @@ def test_a_run_learns_the_teachers_states_and_saves_the_student_alone(
     lines = list(read_lines(folder / "metrics.jsonl"))
     assert lines[-1]["train/hidden_match"] < 0.95 * lines[0]["train/hidden_match"]
     for line in lines:
-        weights = line["loss/weight/cross_entropy"], line["loss/weight/hidden_match"]
-        expected = weights[0] * line["train/cross_entropy"] + weights[1] * line["train/hidden_match"]
+        names = ("cross_entropy", "hidden_consistency", "hidden_match")
+        expected = sum(line[f"loss/weight/{name}"] * line[f"train/{name}"] for name in names)
+        assert line["train/hidden_consistency"] > 0
         assert expected == pytest.approx(line["train/objective"], rel=1e-5)
     saved = [
         folder / "checkpoints" / "step-000012" / "model.safetensors",
@@ -319,15 +406,15 @@ def refused(tree: ConfigTree) -> str:
     [
         (
             {"pairs": [[0, 2]]},
-            "loss hidden_match: pairs name layer 2 of the teacher, which has layers 0 to 1 (-1",
+            "loss: layer 2 of the teacher is to be compared, which has layers 0 to 1 (-1",
         ),
         (
             {"pairs": [[1, 0]]},
-            "loss hidden_match: pairs name layer 1 of the student, which has layers 0 to 0",
+            "loss: layer 1 of the student is to be compared, which has layers 0 to 0",
         ),
         (
             {"pairs": [[0, -3]]},
-            "loss hidden_match: pairs name layer -3 of the teacher, which has layers 0 to",
+            "loss: layer -3 of the teacher is to be compared, which has layers 0 to",
         ),
         ({"pairs": []}, "loss.1.pairs = []: Tuple should have at least 1 item"),
         ({"pairs": [[0]]}, "loss.1.pairs = [[0]]: Field required"),
@@ -346,6 +433,12 @@ def test_matching_alone_teaches_nothing_about_the_next_token(tiny_config: Make) 
     """The output layer would have no gradient."""
     message = refused(tiny_config(loss=[{"name": "hidden_match"}]))
     assert message.startswith("loss: hidden_match teaches nothing about the next token; name another loss")
+
+
+def test_a_layer_of_the_consistency_exists(tiny_config: Make) -> None:
+    """It is looked for in the student alone, which keeps one layer of two."""
+    loss = [{"name": "cross_entropy"}, {"name": "hidden_consistency", "layers": [1]}]
+    assert refused(tiny_config(loss=loss)).startswith("loss: layer 1 of the student is to be compared, which")
 
 
 def test_one_live_teacher_is_needed(tmp_path: Path, tiny_config: Make, tiny_teacher: Path) -> None:
@@ -399,6 +492,6 @@ def test_the_objective_on_logits_refuses_it(teacher: torch.nn.Module) -> None:
 def test_training_is_told_before_the_first_step(tmp_path: Path, tiny_config: Make, narrow: Path) -> None:
     """`projection: none` between different sizes ends the run before anything is measured twice."""
     tree = run_tree(tiny_config, narrow)
-    tree["loss"][1]["projection"] = "none"
+    tree["loss"][2]["projection"] = "none"
     with pytest.raises(ConfigError, match="leave projection out"):
         train(parse_config({**tree, "run_dir": str(tmp_path / "x")}, where="test"))

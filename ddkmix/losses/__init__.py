@@ -18,6 +18,7 @@ from ddkmix.errors import ConfigError
 from ddkmix.losses.cross_entropy import CrossEntropy
 from ddkmix.losses.forward_kl import ForwardKL
 from ddkmix.losses.gold import GOLD
+from ddkmix.losses.hidden_consistency import HiddenConsistency
 from ddkmix.losses.hidden_match import HiddenMatch
 from ddkmix.losses.jsd import JSD
 from ddkmix.losses.mse import MSE
@@ -42,6 +43,7 @@ __all__ = [
     "ULD",
     "CrossEntropy",
     "ForwardKL",
+    "HiddenConsistency",
     "HiddenMatch",
     "Ranking",
     "ReverseKL",
@@ -88,6 +90,7 @@ class TokenLoss(Protocol):
 LOSSES: dict[str, type] = {
     "cross_entropy": CrossEntropy,
     "forward_kl": ForwardKL,
+    "hidden_consistency": HiddenConsistency,
     "hidden_match": HiddenMatch,
     "jsd": JSD,
     "mse": MSE,
@@ -138,10 +141,10 @@ def build_terms(specs: Sequence[Named]) -> tuple[LossTerm, ...]:
     names = [term.name for term in terms]
     if len(set(names)) < len(names):
         raise ConfigError(f"loss: {names} names a loss twice; metrics need each name once.")
-    if terms and all(isinstance(term.loss, HiddenMatch) for term in terms):
+    if terms and all(isinstance(term.loss, HiddenMatch | HiddenConsistency) for term in terms):
         raise ConfigError(
-            "loss: hidden_match teaches nothing about the next token; name another loss beside it, if only "
-            "to watch it: {name: cross_entropy, weight: 0}."
+            f"loss: {terms[0].name} teaches nothing about the next token; name another loss beside it, if "
+            "only to watch it: {name: cross_entropy, weight: 0}."
         )
     resting = [term.name for term in terms if isinstance(term.schedule, Rest)]
     if len(resting) > 1:

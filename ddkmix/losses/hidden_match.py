@@ -73,11 +73,16 @@ class HiddenMatch:
         Returns:
             (n,) mean squared difference, or 1 - cosine; no nats.
         """
-        if self.distance == "mse":
-            return (student_logits - teacher).square().mean(-1)
-        from torch.nn.functional import cosine_similarity
+        return distance_between(self.distance, student_logits, teacher)
 
-        return 1 - cosine_similarity(student_logits, teacher, dim=-1)
+
+def distance_between(distance: Literal["mse", "cosine"], states: Any, others: Any) -> Any:
+    """(n,) mean squared difference over the dimensions, or 1 - cosine, of (n, D) states."""
+    if distance == "mse":
+        return (states - others).square().mean(-1)
+    from torch.nn.functional import cosine_similarity
+
+    return 1 - cosine_similarity(states, others, dim=-1)
 
 
 def check_layers_exist(who: str, wanted: Sequence[int], num_layers: int) -> None:
@@ -89,6 +94,6 @@ def check_layers_exist(who: str, wanted: Sequence[int], num_layers: int) -> None
     for layer in wanted:
         if not -num_layers <= layer < num_layers:
             raise ConfigError(
-                f"loss hidden_match: pairs name layer {layer} of the {who}, which has layers 0 to "
-                f"{num_layers - 1} (-1 is the last)."
+                f"loss: layer {layer} of the {who} is to be compared, which has layers 0 to {num_layers - 1} "
+                "(-1 is the last)."
             )

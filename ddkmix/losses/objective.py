@@ -12,6 +12,7 @@ from ddkmix.errors import ConfigError, ModelError, NumericsError
 from ddkmix.losses import LossTerm, check_terms, token_multiple
 from ddkmix.losses.chunked import ChunkedObjective
 from ddkmix.losses.classes import kind_of
+from ddkmix.losses.hidden_consistency import HiddenConsistency
 from ddkmix.losses.hidden_match import HiddenMatch
 from ddkmix.losses.liger import liger_objective
 from ddkmix.losses.reference import logits_of, reference_objective
@@ -129,10 +130,10 @@ def _check(hidden: Tensor, head: Head, terms: Sequence[LossTerm], signal: Signal
         )
     kind = kind_of(signal) if isinstance(signal, TruncatedSignal) else "dense"
     for term in terms:
-        if isinstance(term.loss, HiddenMatch):
+        if isinstance(term.loss, HiddenMatch | HiddenConsistency):
             raise ConfigError(
-                f"loss {term.name} compares hidden states of other layers, which are not here; give them to "
-                "ddkmix.matching.Matching and add its values."
+                f"loss {term.name} compares hidden states of other layers, which are not here; use a "
+                "DistillationModel, or ddkmix.matching."
             )
     if signal is not None:
         check_terms(terms, kind, signal.log_z.keys() if isinstance(signal, TruncatedSignal) else None)

@@ -82,7 +82,13 @@ class Linear:
         _not_both("steps", self.steps, "share", self.share)
 
     def at(self, step: int, steps: int, schedule: Schedule) -> float:
-        """The weight of a step; see `WeightSchedule.at` for the arguments."""
+        """The weight of a step.
+
+        Args:
+            step: optimizer step, counted from 0.
+            steps: optimizer steps of the run.
+            schedule: that of the run's learning rate.
+        """
         span = length(self.steps, self.share, steps) or steps
         return self.end if step >= span else self.start + (self.end - self.start) * step / span
 
@@ -115,7 +121,13 @@ class Periodic:
             raise ValueError("a period needs `steps`, or `share` of the run's steps")
 
     def at(self, step: int, steps: int, schedule: Schedule) -> float:
-        """The weight of a step; see `WeightSchedule.at` for the arguments."""
+        """The weight of a step.
+
+        Args:
+            step: optimizer step, counted from 0.
+            steps: optimizer steps of the run.
+            schedule: that of the run's learning rate.
+        """
         period = length(self.steps, self.share, steps)
         x = step % period / period
         shares = {
@@ -170,7 +182,12 @@ class Wsd:
         return any(given is not None for given in lengths)
 
     def at(self, step: int, steps: int, schedule: Schedule) -> float:
-        """The weight of a step; see `WeightSchedule.at` for the arguments.
+        """The weight of a step.
+
+        Args:
+            step: optimizer step, counted from 0.
+            steps: optimizer steps of the run.
+            schedule: that of the run's learning rate.
 
         Raises:
             ConfigError: it has no lengths, and the learning rate has none to follow.

@@ -152,6 +152,8 @@ def test_every_loss_serves_the_kinds_that_it_names(kind):
                 check_terms([term], kind)
             continue
         check_terms([term], kind)
+        if name == "hidden_consistency":  # it is given the student's states twice, whatever the signal
+            continue
         values = loss(student, teacher_of(kind, logits, temperatures=(2.0,)), torch.arange(5))
         assert (5,) == values.shape
         assert values.isfinite().all()
