@@ -36,7 +36,7 @@ def liger_objective(
     if reason:
         raise ConfigError(f"impl = 'liger' {reason}; use 'chunked', which has no such limit.")
     try:
-        from liger_kernel.chunked_loss import (  # type: ignore[import-not-found]
+        from liger_kernel.chunked_loss import (
             LigerFusedLinearJSDLoss,
         )
     except ImportError as error:
