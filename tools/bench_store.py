@@ -71,12 +71,13 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/pd_quickstart.yaml"))
     parser.add_argument("--rows", type=int, default=32, help="rows of each domain")
     parser.add_argument("--steps", type=int, default=10, help="counted pairs of steps")
+    parser.add_argument("overrides", nargs="*", default=["domains=[domains]"], help="key=value")
     arguments = parser.parse_args()
     quiet_libraries()
     folder = Path(tempfile.mkdtemp(prefix="bench-store-"))
     try:
         config = load_config(
-            arguments.config, ["domains=[domains]", f"capture.folder={folder}", "signal.source=live"]
+            arguments.config, [*arguments.overrides, f"capture.folder={folder}", "signal.source=live"]
         )
         print(json.dumps(measure(open_capturing(config), arguments.rows, arguments.steps), indent=1))
     finally:
@@ -97,7 +98,7 @@ def measure(job: Capturing, rows: int, steps: int) -> dict[str, Any]:
         "teacher": config.teacher.model,
         "rows": rows * len(job.rows),
         "capture": speed,
-        "formats": measure_formats(job, teacher, student, rows),
+        "formats": measure_formats(job, teacher, student, max(rows // 4, 1)),
     }
     online_s, store_s, tokens, read_s = measure_steps(job, teacher, student, rows, steps)
     found["step"] = {
@@ -178,7 +179,9 @@ def measure_formats(
             with torch.no_grad():
                 hidden = hidden_states(student, ids)[0, : len(labels)]
                 logits = dense_logits(DenseSignal(hidden=hidden, head=head))
+            true = divergences(logits, dense_logits(said), labels, "true")
             for key, capture in FORMATS.items():
+                add(sums[key], true)
                 add(sums[key], one_row(capture, said, labels, logits, [name, int(row)]))
     return {key: summary(key, values) for key, values in sums.items()}
 
@@ -186,18 +189,18 @@ def measure_formats(
 def one_row(
     capture: Capture, said: DenseSignal, labels: Tensor, student: Tensor, content: list[Any]
 ) -> dict[str, float]:
-    """Sums over the tokens of a row: bytes, classes, and KL at two temperatures from records, from exact
-    log-probabilities of the same classes, and from all classes."""
-    kept, dense = kept_of(capture), dense_logits(said)
-    n, classes = dense.shape
+    """Sums over the tokens of a row: bytes, classes, and KL at two temperatures from records, and from exact
+    log-probabilities of the same classes."""
+    kept = kept_of(capture)
+    n, classes = student.shape
     found = {"tokens": float(n)}
-    exact: Tensor | TruncatedSignal = dense
+    exact: Tensor | TruncatedSignal
     stored: Tensor | TruncatedSignal
     if kept.hidden_bytes is not None:
         nats = label_nats(said, labels, chunk_tokens=256).numpy()
         data = encode_hidden(said.hidden, nats, kept.hidden_bytes)
         hidden, _ = decode_hidden(data, n, said.hidden.shape[1], kept.hidden_bytes, said.hidden.dtype)
-        stored = dense_logits(replace(said, hidden=hidden))
+        exact, stored = dense_logits(said), dense_logits(replace(said, hidden=hidden))
     else:
         layout = RecordFormat(num_classes=classes, kept=kept, temperatures=(TEMPERATURE,))
         uniforms = torch.from_numpy(seeded_uniforms(content, n, kept.draws)) if kept.draws else None
@@ -208,10 +211,21 @@ def one_row(
         found["kept"] = float((1.0 - columns.outside).sum())
         stored = signal_of([columns], n, kept.draws or 0).at(0)
     found["bytes"] = float(len(data))
+    return {
+        **found,
+        **divergences(student, exact, labels, "exact"),
+        **divergences(student, stored, labels, "stored"),
+    }
+
+
+def divergences(
+    student: Tensor, teacher: Tensor | TruncatedSignal, labels: Tensor, name: str
+) -> dict[str, float]:
+    """The KL from teacher to student, summed over tokens, at both temperatures."""
+    found = {}
     for temperature in (1.0, TEMPERATURE):
         loss = ForwardKL(temperature=temperature, scale_by_temperature=False)
-        for what, teacher in (("true", dense), ("exact", exact), ("stored", stored)):
-            found[f"{what} {temperature}"] = float(loss(student, teacher, labels).sum())
+        found[f"{name} {temperature}"] = float(loss(student, teacher, labels).sum())
     return found
 
 
