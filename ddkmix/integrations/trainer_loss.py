@@ -103,8 +103,7 @@ class DistillationTrainerMixin(_Base):
             self._teacher = LiveTeacher(frozen, vocab_size=vocab_size, separator_id=separator_id)
         if isinstance(teacher, StoredTeacher | DomainTeachers):
             self.batch_names = _ABOUT_ROWS if isinstance(teacher, StoredTeacher) else _ABOUT_ROWS[:1]
-        # a Trainer then counts the tokens of a step, and does not divide the loss by its micro-batches
-        self._student_counts, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, True
+        self._count_tokens()
         self._steps_checked = -1
         self._sums = torch.zeros(len(self._terms) + 1, dtype=torch.float64, device=self.args.device)
 
@@ -116,6 +115,12 @@ class DistillationTrainerMixin(_Base):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The objective of a micro-batch; of a model in evaluation mode, the trainer's own loss.
+
+        Args:
+            model: the student as the Trainer has wrapped it.
+            inputs: a batch; the teacher gets all of it.
+            return_outputs: give a dict with `loss` beside it; there are no logits.
+            num_items_in_batch: predicted tokens of the step; None: the mean over those of this batch.
 
         Raises:
             ConfigError: the batch has inputs that are not known here, or lacks some.
@@ -144,7 +149,12 @@ class DistillationTrainerMixin(_Base):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """A line of the log; that of the training loss gets the terms."""
+        """A line of the log; that of the training loss gets the terms.
+
+        Args:
+            logs: what to log; with `loss` in it, every process must call this.
+            args, kwargs: other arguments of the trainer's `log`.
+        """
         if "loss" in logs:
             accelerator: Any = self.accelerator
             *terms, count = accelerator.reduce(self._sums, reduction="sum").tolist()
@@ -153,6 +163,11 @@ class DistillationTrainerMixin(_Base):
                 names = [f"loss/{term.name}" for term in self._terms]
                 logs = {**logs, **{name: nats / count for name, nats in zip(names, terms, strict=True)}}
         super().log(logs, *args, **kwargs)
+
+    def _count_tokens(self) -> None:
+        """Have the Trainer count the tokens of a step, and not divide the loss by its micro-batches."""
+        self._student_counts = self.model_accepts_loss_kwargs
+        self.model_accepts_loss_kwargs = True
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Predicted tokens of a step: no token predicts the first label of a row, whatever it is.
@@ -214,8 +229,8 @@ def _checked(loss: Sequence[Any], teacher: Any) -> tuple[LossTerm, ...]:
     terms = tuple(loss) if made else build_terms(loss)
     if hidden_match_of(terms) is not None:
         raise ConfigError(
-            "loss hidden_match trains projections beside the student, which a Trainer would neither optimize "
-            "nor save; use `ddkmix train`, or leave it out."
+            "loss hidden_match compares layers by projections, which a Trainer would neither train nor "
+            "save; use `ddkmix train`, or leave it out."
         )
     if teacher is not None and not isinstance(teacher, SignalSource | nn.Module):
         raise ConfigError(f"teacher is a {type(teacher).__name__}; give a model, or what has signal(batch).")
@@ -250,7 +265,7 @@ def _check_batch(inputs: Mapping[str, Any], names: Sequence[str]) -> None:
         )
     if unknown := [name for name in inputs if name not in _READ]:
         raise ConfigError(
-            f"a batch has {', '.join(unknown)}, which this loss does not look at; let the collator leave them "
+            f"a batch has {', '.join(unknown)}, which this loss does not look at; let the collator leave it "
             "out (separator_id keeps the documents of a row apart)."
         )
     mask = inputs.get("attention_mask")

@@ -127,7 +127,7 @@ class LossTerm:
     """How the weight moves; None where it is constant."""
 
 
-def build_terms(specs: Sequence[str | Mapping[str, Any] | Named]) -> tuple[LossTerm, ...]:
+def build_terms(specs: Sequence[Any]) -> tuple[LossTerm, ...]:
     """The weighted sum that a config names.
 
     >>> from ddkmix import build_terms
@@ -137,8 +137,8 @@ def build_terms(specs: Sequence[str | Mapping[str, Any] | Named]) -> tuple[LossT
     jsd 0.2
 
     Args:
-        specs: for each term `name`, `weight` (1 if it is left out) and the parameters of the loss, as a
-            mapping or an entry of a config; a name alone for the loss as it is.
+        specs: for each term a mapping (or an entry of a config) of `name`, `weight` (1 if it is left out) and
+            the parameters of the loss; or a name alone, for the loss as it is.
 
     Raises:
         ConfigError: a name, a weight or a parameter is wrong, or there is no term.
@@ -169,7 +169,7 @@ def build_terms(specs: Sequence[str | Mapping[str, Any] | Named]) -> tuple[LossT
     return tuple(terms)
 
 
-def _parameters(spec: str | Mapping[str, Any] | Named, *, where: str) -> dict[str, Any]:
+def _parameters(spec: Any, *, where: str) -> dict[str, Any]:
     if isinstance(spec, str):
         return {"name": spec}
     if isinstance(spec, Named):

@@ -1,4 +1,20 @@
-"""The distillation objective as one function of hidden states, output layer and teacher signal."""
+"""The distillation objective as one function of hidden states, output layer and teacher signal.
+
+A student that gives every one of 4 classes the same, and a teacher that excludes two: KL is log 2 and the
+cross-entropy log 4.
+
+>>> import torch
+>>> from ddkmix import build_terms, distillation_objective
+>>> from ddkmix.batch import DenseSignal, Head
+>>> states, labels, weight = torch.zeros(3, 2), torch.tensor([0, 1, 0]), torch.full((3,), 1 / 3)
+>>> bias = torch.tensor([0.0, 0.0, -torch.inf, -torch.inf])
+>>> teacher = DenseSignal(hidden=torch.zeros(3, 8), head=Head(weight=torch.zeros(4, 8), bias=bias))
+>>> terms = build_terms([{"name": "forward_kl", "weight": 0.5}, {"name": "cross_entropy", "weight": 0.1}])
+>>> head = Head(weight=torch.zeros(4, 2))
+>>> objective, values = distillation_objective(states, head, labels, weight, terms, signal=teacher)
+>>> round(objective.item(), 4), [round(nats, 4) for nats in values[:, 0].tolist()]
+(0.4852, [0.6931, 1.3863])
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -48,21 +64,6 @@ def distillation_objective(
     objective = sum_i token_weight_i sum_k weight_k loss_k(i). Differentiable once in `hidden`, `head.weight`
     and `head.bias`; the second result is detached. Computed in the type of `hidden`, whatever autocast says,
     with losses and the sums of gradients in float32 at least. Inside `torch.compile` it runs as it is.
-
-    A student that gives every one of 4 classes the same, and a teacher that excludes two: KL is log 2 and the
-    cross-entropy log 4.
-
-    >>> import torch
-    >>> from ddkmix import build_terms, distillation_objective
-    >>> from ddkmix.batch import DenseSignal, Head
-    >>> states, labels, weight = torch.zeros(3, 2), torch.tensor([0, 1, 0]), torch.full((3,), 1 / 3)
-    >>> bias = torch.tensor([0.0, 0.0, -torch.inf, -torch.inf])
-    >>> teacher = DenseSignal(hidden=torch.zeros(3, 8), head=Head(weight=torch.zeros(4, 8), bias=bias))
-    >>> terms = build_terms([{"name": "forward_kl", "weight": 0.5}, {"name": "cross_entropy", "weight": 0.1}])
-    >>> head = Head(weight=torch.zeros(4, 2))
-    >>> objective, values = distillation_objective(states, head, labels, weight, terms, signal=teacher)
-    >>> round(objective.item(), 4), values[:, 0].tolist()
-    (0.4852, [0.6931471824645996, 1.3862943649291992])
 
     Args:
         hidden: student's last hidden states of the tokens that predict, without those that do not.
