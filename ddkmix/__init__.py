@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from ddkmix.errors import DdkmixError
     from ddkmix.gap_evaluator import GapEvaluator
     from ddkmix.loader import DomainMixture
-    from ddkmix.losses import LOSSES
+    from ddkmix.losses import LOSSES, build_terms
+    from ddkmix.losses.objective import distillation_objective
     from ddkmix.policies import POLICIES, WeightPolicy, reweight
     from ddkmix.reweighting import Reweighter
     from ddkmix.setup import measure_gaps, train
@@ -41,6 +42,8 @@ _HOME = {
     "RunConfig": "ddkmix.config",
     "StepLoader": "ddkmix.step_loader",
     "WeightPolicy": "ddkmix.policies",
+    "build_terms": "ddkmix.losses",
+    "distillation_objective": "ddkmix.losses.objective",
     "domain_indices": "ddkmix.batch_sampler",
     "load_config": "ddkmix.config",
     "measure_gaps": "ddkmix.setup",
@@ -60,6 +63,8 @@ __all__ = [
     "RunConfig",
     "StepLoader",
     "WeightPolicy",
+    "build_terms",
+    "distillation_objective",
     "domain_indices",
     "load_config",
     "measure_gaps",

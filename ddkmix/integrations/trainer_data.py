@@ -5,7 +5,7 @@ are joined for that, every row marked with its domain, and taken apart again by 
 trainer shuffles or drops stay with their domain.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import repeat
 from logging import getLogger
 from typing import Any
@@ -126,6 +126,7 @@ class EpochLoader:
         windows: each batch holds the rows of all of them, and comes `microbatches` times, as trainers that
             generate for a whole window want it.
         attention_mask: add one (all ones, as packed rows need) to batches that lack it.
+        names: of `domain_ids` and `row_places`, what every batch says about its rows beside them.
     """
 
     def __init__(
@@ -135,8 +136,9 @@ class EpochLoader:
         microbatches: int,
         windows: bool = False,
         attention_mask: bool = False,
+        names: Collection[str] = (),
     ) -> None:
-        self.mixture = mixture
+        self.mixture, self._names = mixture, dict.fromkeys(names, True)
         num_rows = sum(mixture.settings.num_rows)
         self.dataset = JoinedRows(num_rows)
         self.steps = -(-num_rows // mixture.settings.batch_rows)
@@ -151,7 +153,7 @@ class EpochLoader:
     def __iter__(self) -> Iterator[Any]:
         end = (self.mixture.state.step // self.steps + 1) * self.steps
         parts, copies = (1, self._microbatches) if self._windows else (self._microbatches, 1)
-        for batch in self.mixture.loader(steps=end, microbatches=parts):
+        for batch in self.mixture.loader(steps=end, microbatches=parts, **self._names):
             if (
                 self._attention_mask
                 and "input_ids" in batch

@@ -68,6 +68,8 @@ class MixtureMixin(_Base):
     """What serves the rows; absent, as the next, from a trainer without train_dataset."""
     reweighter: Reweighter
     """What sets the mixture's weights."""
+    batch_names: tuple[str, ...] = ()
+    """Of `domain_ids` and `row_places`, what every batch says about its rows; models refuse them."""
 
     def __init__(
         self,
@@ -119,6 +121,7 @@ class MixtureMixin(_Base):
             microbatches=self.args.gradient_accumulation_steps,
             windows=kind.windows,
             attention_mask=kind.prepares and not kind.windows,
+            names=self.batch_names,
             reweighter=self.reweighter,
             measures=self._measures,
             log=self._log_mixture,

@@ -9,7 +9,7 @@ Axis letters: n tokens that are predicted, V vocabulary.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -45,6 +45,7 @@ __all__ = [
     "ForwardKL",
     "HiddenConsistency",
     "HiddenMatch",
+    "LossTerm",
     "Ranking",
     "ReverseKL",
     "Sinkhorn",
@@ -52,6 +53,9 @@ __all__ = [
     "SkewReverseKL",
     "TokenLoss",
     "TotalVariation",
+    "build_terms",
+    "check_terms",
+    "terms_at",
 ]
 
 
@@ -111,31 +115,44 @@ _STEPS_TRIED = 10_000
 
 @dataclass(frozen=True, slots=True)
 class LossTerm:
-    """One summand of the objective."""
+    """One summand of the objective; `build_terms` makes them."""
 
     name: str
+    """The loss's name in `LOSSES`, or `package.module:Class`."""
     weight: float
-    """In force. Not a number where there is a `schedule`, until `terms_at` says which step it is."""
+    """Weight in force. Not a number where there is a `schedule`, until `terms_at` says which step it is."""
     loss: TokenLoss
+    """The loss with its parameters."""
     schedule: WeightSchedule | Rest | None = None
     """How the weight moves; None where it is constant."""
 
 
-def build_terms(specs: Sequence[Named]) -> tuple[LossTerm, ...]:
-    """The weighted sum that a config names; each entry is `{name, weight, parameters}`.
+def build_terms(specs: Sequence[Any]) -> tuple[LossTerm, ...]:
+    """The weighted sum that a config names.
+
+    >>> from ddkmix import build_terms
+    >>> for term in build_terms(["cross_entropy", {"name": "jsd", "weight": 0.2, "beta": 0.5}]):
+    ...     print(term.name, term.weight)
+    cross_entropy 1.0
+    jsd 0.2
+
+    Args:
+        specs: for each term a mapping (or an entry of a config) of `name`, `weight` (1 if it is left out) and
+            the parameters of the loss; or a name alone, for the loss as it is.
 
     Raises:
         ConfigError: a name, a weight or a parameter is wrong, or there is no term.
     """
     terms = []
     for i, spec in enumerate(specs):
-        parameters = spec.model_dump()
+        parameters = _parameters(spec, where=f"loss.{i}")
         weight = build_weight(parameters.pop("weight", 1.0), where=f"loss.{i}.weight")
         loss = build(parameters, LOSSES, where=f"loss.{i}")
+        name = str(parameters["name"])
         if isinstance(weight, float):
-            terms.append(LossTerm(spec.name, weight, loss))
+            terms.append(LossTerm(name, weight, loss))
         else:
-            terms.append(LossTerm(spec.name, math.nan, loss, weight))
+            terms.append(LossTerm(name, math.nan, loss, weight))
     if all(term.weight == 0 for term in terms):
         raise ConfigError("loss: every weight is 0 or there is no term; nothing would be learnt.")
     names = [term.name for term in terms]
@@ -150,6 +167,16 @@ def build_terms(specs: Sequence[Named]) -> tuple[LossTerm, ...]:
     if len(resting) > 1:
         raise ConfigError(f"loss: {resting} both have the weight `rest`; only one term can have it.")
     return tuple(terms)
+
+
+def _parameters(spec: Any, *, where: str) -> dict[str, Any]:
+    if isinstance(spec, str):
+        return {"name": spec}
+    if isinstance(spec, Named):
+        return spec.model_dump()
+    if not isinstance(spec, Mapping):
+        raise ConfigError(f"{where} = {spec!r}; give a name, or a mapping with `name` and parameters.")
+    return dict(spec)
 
 
 def check_terms(terms: Sequence[LossTerm], kind: str, temperatures: Collection[float] | None = None) -> None:

@@ -1,4 +1,20 @@
-"""The distillation objective as one function of hidden states, output layer and teacher signal."""
+"""The distillation objective as one function of hidden states, output layer and teacher signal.
+
+A student that gives every one of 4 classes the same, and a teacher that excludes two: KL is log 2 and the
+cross-entropy log 4.
+
+>>> import torch
+>>> from ddkmix import build_terms, distillation_objective
+>>> from ddkmix.batch import DenseSignal, Head
+>>> states, labels, weight = torch.zeros(3, 2), torch.tensor([0, 1, 0]), torch.full((3,), 1 / 3)
+>>> bias = torch.tensor([0.0, 0.0, -torch.inf, -torch.inf])
+>>> teacher = DenseSignal(hidden=torch.zeros(3, 8), head=Head(weight=torch.zeros(4, 8), bias=bias))
+>>> terms = build_terms([{"name": "forward_kl", "weight": 0.5}, {"name": "cross_entropy", "weight": 0.1}])
+>>> head = Head(weight=torch.zeros(4, 2))
+>>> objective, values = distillation_objective(states, head, labels, weight, terms, signal=teacher)
+>>> round(objective.item(), 4), [round(nats, 4) for nats in values[:, 0].tolist()]
+(0.4852, [0.6931, 1.3863])
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +32,8 @@ from ddkmix.losses.hidden_consistency import HiddenConsistency
 from ddkmix.losses.hidden_match import HiddenMatch
 from ddkmix.losses.liger import liger_objective
 from ddkmix.losses.reference import logits_of, reference_objective
+
+__all__ = ["IMPLEMENTATIONS", "distillation_objective", "tokens_within"]
 
 IMPLEMENTATIONS = ("chunked", "reference", "liger")
 """`chunked` needs little memory, `reference` is for reading and for tests, `liger` is another's kernel."""
@@ -96,6 +114,12 @@ def tokens_within(
     A chunk holds one row of logits a token for the student, in the type of `hidden`, and as many for each
     dense teacher; an ensemble's mean is one more. All else is small: losses look at a few rows at a time.
     The chunks are of nearly equal size.
+
+    Args:
+        memory_mb: megabytes (of 10^6 bytes) for the logits of a chunk; 64 tokens are the least.
+        hidden: student's last hidden states of the tokens that predict.
+        head: student's output layer.
+        signal: what the teacher says about the same tokens.
     """
     members: tuple[DenseSignal, ...] = ()
     row = hidden.element_size()

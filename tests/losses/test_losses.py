@@ -86,6 +86,17 @@ def test_parameters_of_a_loss_are_its_own():
     assert (3.0, ForwardKL(temperature=2.0)) == (term.weight, term.loss)
 
 
+def test_terms_are_made_of_mappings_and_names_too():
+    """What a loop in Python has at hand gives what the entries of a config give."""
+    entries = ({"name": "cross_entropy"}, {"name": "forward_kl", "weight": 0.2, "temperature": 2.0})
+    plain = ["cross_entropy", entries[1]]
+    assert build_terms(specs(*entries)) == build_terms(plain) == build_terms(entries)
+    with pytest.raises(ConfigError, match=r"^loss.0 = 3; give a name, or a mapping"):
+        build_terms([3])
+    with pytest.raises(ConfigError, match=r"^loss.0.name is missing"):
+        build_terms([{"weight": 1.0}])
+
+
 def test_a_weight_of_zero_only_watches():
     """A term of weight 0 is kept for its metric as long as another one teaches."""
     terms = build_terms(specs({"name": "cross_entropy", "weight": 0}, {"name": "forward_kl"}))
