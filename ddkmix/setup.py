@@ -79,8 +79,8 @@ def train(
     run.mixture.close()
     if run.main:
         _save(run, prepared)
-    # Waiting lets go of the interpreter's lock, so that gloo's threads can free the tensors of the last collective.
-    # Freed with DDP's reducer instead, they would wait for that lock, whose holder waits for them: a rank hung.
+    # Waiting lets go of the interpreter's lock, so that gloo's threads can free the tensors of the last
+    # collective. Freed with DDP's reducer, they would wait for that lock, and its holder for them: a rank hung.
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return losses

@@ -132,7 +132,7 @@ def test_nothing_is_captured_twice(make: Make, monkeypatch: pytest.MonkeyPatch) 
     """A second capture loads no teacher, and says the same."""
     config = make()
     first = capture(config)
-    monkeypatch.setattr(capture_module, "open_teachers", None)
+    monkeypatch.setattr(capture_module, "open_models", None)
     assert first == capture(config)
     fewer = make(loss=[{"name": "forward_kl"}])
     assert first == capture(fewer)
@@ -214,7 +214,7 @@ def test_more_classes_than_there_are_is_refused_before_anything_is_loaded(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One line with both numbers."""
-    monkeypatch.setattr(capture_module, "open_teachers", None)
+    monkeypatch.setattr(capture_module, "open_models", None)
     with pytest.raises(ConfigError, match=r"capture\.k = 400; the teacher has 320 classes"):
         capture(make(capture={"k": 400}))
 

