@@ -40,7 +40,7 @@ class GOLD:
     """
 
     beta: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """0 is forward KL, 1 reverse KL."""
+    """Weight between the two divergences: 0 is forward KL, 1 reverse KL."""
     merge: Literal["observed", "bayesian"] = "observed"
     """`observed`: the distribution at the first token times the probabilities of the later ones. `bayesian`:
     at the last token times those of the earlier ones (the chain rule)."""
