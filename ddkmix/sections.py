@@ -221,7 +221,7 @@ class Capture(Section):
     `top_k`: the `k` likeliest. `drawn`: `draws` draws with replacement (arXiv 2503.16870). `top_k_drawn`: the
     `k` likeliest, and draws from the rest. `hidden`: the last hidden states, which give all classes."""
     p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    """Mass that `top_p_k` keeps."""
+    """Share of the mass that `top_p_k` keeps."""
     k: Annotated[int, Field(ge=1, le=65_535)] = 50
     """Most classes kept for a token, beside drawn ones."""
     draws: Annotated[int, Field(ge=1, le=255)] = 12
