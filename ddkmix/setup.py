@@ -80,7 +80,7 @@ def train(
     if run.main:
         _save(run, prepared)
     # Waiting lets go of the interpreter's lock, so that gloo's threads can free the tensors of the last
-    # collective. Freed with DDP's reducer, they would wait for that lock, and its holder for them: a rank hung.
+    # collective. Freed with DDP's reducer they would wait for that lock, and its holder for them: ranks hung.
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return losses

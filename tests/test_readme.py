@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +36,21 @@ def test_the_policy_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.Monk
     state = next_state(policy, None, losses, natural)
     assert [0.25, 0.75] == state["mixture_weights"]
     assert [0.5, 0.5] == next_state(policy, state, losses, natural)["mixture_weights"]
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
+def test_the_distillation_trainer_of_the_readme_trains(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it stands but for the model, which is a tiny one here."""
+    (code,) = [block for block in blocks("python") if "DistillationTrainer" in block]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    namespace: dict[str, Any] = {}
+    exec(code.replace("models/smollm2-135m-instruct", str(tiny_teacher)), namespace)
+    (summary,) = namespace["trainer"].state.log_history
+    assert 2 == namespace["trainer"].state.global_step
+    assert summary["train_loss"] > 0
 
 
 def test_the_loop_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:

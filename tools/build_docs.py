@@ -123,7 +123,8 @@ class _Text:
 
 
 _BOUNDED = re.compile(
-    r"(?:typing\.)?Annotated\[([^\[\]]+(?:\[(?:[^\[\]]|\[[^\[\]]*\])*\])?), FieldInfo\([^\[]*metadata=\[([^\]]*)\]\)\]"
+    r"(?:typing\.)?Annotated\[([^\[\]]+(?:\[(?:[^\[\]]|\[[^\[\]]*\])*\])?), "
+    r"FieldInfo\([^\[]*metadata=\[([^\]]*)\]\)\]"
 )
 _BOUND = re.compile(r"(?:Ge\(ge|Gt\(gt|Le\(le|Lt\(lt|MinLen\(min_length)=([^)]*)\)")
 _SIGN = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<", "Mi": "of length >="}

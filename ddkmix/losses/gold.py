@@ -16,7 +16,8 @@ _LEAST = 1e-8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GOLD:
-    """The hybrid loss of TRL's GOLD trainer (`trl.experimental.gold` 1.16), for two vocabularies.
+    """The hybrid loss of TRL's GOLD trainer (`trl.experimental.gold` 1.16), for two vocabularies; its L1
+    part is that of ULD (arXiv 2402.12030).
 
         GOLD[i] = w_same * JSD(beta) of the tokens that both have  +  w_other * ULD of the others
         JSD(beta) = beta sum p log(p / m) + (1 - beta) sum q log(q / m),  m = beta p + (1 - beta) q
@@ -40,7 +41,7 @@ class GOLD:
     """
 
     beta: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Weight of the teacher in the mixture: 0 is forward KL, 1 reverse KL."""
+    """Weight between the two divergences: 0 is forward KL, 1 reverse KL."""
     merge: Literal["observed", "bayesian"] = "observed"
     """`observed`: the distribution at the first token times the probabilities of the later ones. `bayesian`:
     at the last token times those of the earlier ones (the chain rule)."""

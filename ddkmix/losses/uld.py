@@ -27,8 +27,8 @@ class ULD:
     >>> import torch
     >>> from ddkmix.losses import ULD
     >>> student, teacher = torch.tensor([[0.25, 0.75]]), torch.tensor([[0.5, 0.25, 0.25]])
-    >>> [round(x, 4) for x in ULD()(student.log(), teacher.log(), torch.tensor([0])).tolist()]
-    [0.5]
+    >>> round(ULD()(student.log(), teacher.log(), torch.tensor([0])).item(), 4)
+    0.5
     """
 
     temperature: Annotated[float, Field(gt=0, le=1000)] = 1.0
