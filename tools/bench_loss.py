@@ -73,6 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     if folder is None and {"liger", "torchtune"} & set(names):
         folder = environment.make(options.cache / "site", say)
     sizes, dtypes = (QUICK, DTYPES[1:]) if options.quick else (FULL, DTYPES)
+    sizes = tuple(size for size in sizes if options.classes in (None, size.vocab))
     run = Runner(folder, options.threads, names, memory_gb())
     results["time"] = [row for dtype in dtypes for size in sizes for row in run.times(size, dtype)]
     results["memory"] = [row for dtype in dtypes for size in sizes for row in run.memory(size, dtype)]
@@ -207,6 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one tiny size, to see that everything runs")
     parser.add_argument("--only", help=",".join(NAMES))
+    parser.add_argument("--classes", type=int, help="only the sizes with so many classes")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--cache", type=Path, default=Path(".cache/bench-loss"), help="for the peers")
     parser.add_argument(
