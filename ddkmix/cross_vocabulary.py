@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ddkmix.alignment import Retokenizer, same_tokens, token_bytes
 from ddkmix.batch import CrossSignal
-from ddkmix.distillation import predicted
+from ddkmix.distillation import about_predicted, predicted
 from ddkmix.sources import IGNORE
 from ddkmix.teacher import LiveTeacher, label_nats
 from ddkmix.tokenizer import TokenizerCard
@@ -69,7 +69,7 @@ class CrossVocabularyTeacher:
         where = predicted(targets)
         said = self._teacher.signal({"input_ids": rows.to(ids.device)})
         return CrossSignal(
-            teacher=said.at((slice(None), slice(None, -1))).at(where.to(ids.device)),
+            teacher=about_predicted(said, where.to(ids.device)),
             labels=targets[:, 1:][where].to(ids.device),
             spans=torch.from_numpy(spans).to(ids.device),
             pairs=self._pairs.to(ids.device),

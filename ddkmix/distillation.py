@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ddkmix.batch import CrossSignal, DenseSignal, Head, RoutedSignal, Signal
+from ddkmix.batch import CrossSignal, DenseSignal, EnsembleSignal, Head, RoutedSignal, Signal
 from ddkmix.boundaries import check_isolation, document_positions
 from ddkmix.errors import ConfigError
 from ddkmix.losses import LossTerm
@@ -27,6 +28,8 @@ from ddkmix.sources import IGNORE
 
 _ALIGNED_TOKENS = 256
 """Tokens of either model whose logits exist at one time where vocabularies differ."""
+
+S = TypeVar("S", DenseSignal, DenseSignal | EnsembleSignal, Signal)
 
 
 class DistillationModel(nn.Module):
@@ -120,7 +123,7 @@ class DistillationModel(nn.Module):
             return self._mixing.values(self.student, outputs, input_ids, labels, positions)
         assert self.matching is not None
         where = predicted(labels)
-        about = _said(signal, where) if isinstance(signal, DenseSignal) else signal
+        about = about_predicted(signal, where) if isinstance(signal, DenseSignal) else signal
         own = {number: output[:, :-1][where] for number, output in outputs.items()}
         distance: Tensor = self.matching(own, teacher_states(about, self.matching.loss))
         return distance
@@ -150,7 +153,7 @@ class DistillationModel(nn.Module):
         if isinstance(signal, RoutedSignal):
             return _of_each_teacher(compute, states, targets, weight, terms, signal, where)
         if signal is not None and not isinstance(signal, CrossSignal):
-            signal = _said(signal, where)
+            signal = about_predicted(signal, where)
         return compute(states, targets, weight, terms, signal)
 
     def _objective(
@@ -199,15 +202,17 @@ def _of_each_teacher(
     tokens, values = [], []
     for rows, said in zip(signal.rows, signal.signals, strict=True):
         own = torch.isin(row_of, rows).nonzero()[:, 0]
-        objective, value = compute(states[own], targets[own], weight[own], terms, _said(said, where[rows]))
+        objective, value = compute(
+            states[own], targets[own], weight[own], terms, about_predicted(said, where[rows])
+        )
         total = total + objective
         tokens.append(own)
         values.append(value)
     return total, torch.cat(values, dim=1)[:, torch.cat(tokens).argsort()]
 
 
-def _said(signal: Signal, where: Tensor) -> Signal:
-    """What is said about the predicted tokens of some rows, in row order."""
+def about_predicted(signal: S, where: Tensor) -> S:
+    """What is said about the predicted tokens of some rows, in row order; `where` as `predicted` gives it."""
     return signal.at((slice(None), slice(None, -1))).at(where)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddkmix.batch import DenseSignal, EnsembleSignal, Head
 from ddkmix.config import Storage
+from ddkmix.distillation import about_predicted
 from ddkmix.index import DomainRows
 from ddkmix.logits_store.card import StoreCard
 from ddkmix.logits_store.codec import RecordFormat, decode, encode
@@ -100,8 +101,8 @@ class Recorder:
         ids = torch.from_numpy(tokens.astype(np.int64)).to(self._device)
         lengths = torch.tensor([self._num_tokens(row) for row in rows.tolist()], device=ids.device)
         where = torch.arange(ids.shape[1] - 1, device=ids.device) < lengths[:, None]
-        said = self._teacher.signal({"input_ids": ids}).at((slice(None), slice(None, -1))).at(where)
-        return said, ids[:, 1:][where]
+        said = self._teacher.signal({"input_ids": ids})
+        return about_predicted(said, where), ids[:, 1:][where]
 
     def batch(self, reader: RowReader, rows: Int[np.ndarray, " B"]) -> Iterator[bytes]:
         """The records of some rows, in their order."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ddkmix.batch import CrossSignal, DenseSignal, EnsembleSignal, RoutedSignal, Signal
 from ddkmix.boundaries import check_isolation, document_positions
-from ddkmix.losses.reference import logits_of
+from ddkmix.losses.reference import dense_logits
 from ddkmix.matching import Layers
 from ddkmix.models import head_of, hidden_states
 
@@ -110,15 +110,3 @@ def label_nats(
             dense_logits(signal.at(part)), labels[part], reduction="none"
         )
     return nats
-
-
-def dense_logits(signal: DenseSignal | EnsembleSignal) -> Float[Tensor, "n V"]:
-    """Logits of one model, or those of an ensemble: sum_k weight_k log p_k, which lacks only log Z."""
-    if isinstance(signal, DenseSignal):
-        return logits_of(signal.hidden, signal.head)
-    device, shares = signal.members[0].hidden.device, zip(signal.members, signal.weights, strict=True)
-    logits: Float[Tensor, "n V"] = sum(
-        (share * dense_logits(member).log_softmax(-1) for member, share in shares),
-        torch.zeros((), device=device),
-    )
-    return logits

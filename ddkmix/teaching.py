@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 
 from ddkmix.cross_vocabulary import CrossVocabularyTeacher
-from ddkmix.distillation import predicted
+from ddkmix.distillation import about_predicted, predicted
 from ddkmix.errors import DataError
 from ddkmix.evaluator import Evaluator, NatsCache, TokenNats
 from ddkmix.fingerprint import hash_json
@@ -184,7 +184,7 @@ def _teacher_nats(teacher: OneTeacher, chunk_tokens: int) -> TokenNats:
         if isinstance(teacher, CrossVocabularyTeacher):
             return teacher.nats(input_ids, labels, chunk_tokens=chunk_tokens)
         where = predicted(labels)
-        said = teacher.signal({"input_ids": input_ids}).at((slice(None), slice(None, -1))).at(where)
+        said = about_predicted(teacher.signal({"input_ids": input_ids}), where)
         return label_nats(said, labels[:, 1:][where], chunk_tokens=chunk_tokens)
 
     return nats

@@ -21,7 +21,7 @@ from ddkmix.batch import DenseSignal, EnsembleSignal, Head, TruncatedSignal
 from ddkmix.errors import NumericsError
 from ddkmix.fingerprint import hash_json
 from ddkmix.logits_store.card import Kept
-from ddkmix.teacher import dense_logits
+from ddkmix.losses.reference import dense_logits
 
 _BLOCK = 64
 _PROJECTED_TOKENS = 256

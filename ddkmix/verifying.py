@@ -17,10 +17,10 @@ from ddkmix.config import RunConfig
 from ddkmix.errors import DataError, RowError
 from ddkmix.logits_store.card import find_store
 from ddkmix.logits_store.reader import LogitsStore
+from ddkmix.losses.reference import dense_logits
 from ddkmix.pack import Part
 from ddkmix.prepare import storage_of, stores_folder
 from ddkmix.rows import RowReader, byte_reader
-from ddkmix.teacher import dense_logits
 from ddkmix.teaching import open_models
 from ddkmix.tracking import progress_bar
 

@@ -24,9 +24,9 @@ from ddkmix.errors import ConfigError, DataError, NumericsError
 from ddkmix.logits_store.reader import LogitsStore
 from ddkmix.logits_store.sidecar import SidecarWriter
 from ddkmix.logits_store.totals import Totals
+from ddkmix.losses.reference import dense_logits
 from ddkmix.pack import Part
 from ddkmix.rows import RowReader
-from ddkmix.teacher import dense_logits
 from ddkmix.teaching import open_teachers
 from ddkmix.verifying import verify_store
 from tests.conftest import REPO, ConfigTree, save_tiny_model, write_domain

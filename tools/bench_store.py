@@ -42,11 +42,12 @@ from ddkmix.logits_store.reader import LogitsStore
 from ddkmix.logits_store.sidecar import SidecarWriter
 from ddkmix.logits_store.signal import columns_of, signal_of
 from ddkmix.losses import ForwardKL, build_terms
+from ddkmix.losses.reference import dense_logits
 from ddkmix.models import build_student, head_of, hidden_states
 from ddkmix.options import quiet_libraries
 from ddkmix.recording import Recorder, head_of_teacher
 from ddkmix.rows import RowReader
-from ddkmix.teacher import LiveTeacher, dense_logits, label_nats
+from ddkmix.teacher import LiveTeacher, label_nats
 from ddkmix.teaching import open_teachers
 from ddkmix.truncation import seeded_uniforms, truncate_said
 
@@ -128,10 +129,11 @@ def recorder_of(job: Capturing, name: str, teacher: LiveTeacher) -> Recorder:
 
 def measure_capture(job: Capturing, teacher: LiveTeacher, rows: int) -> dict[str, float]:
     """The whole capture of a batch (reading, forward, truncation, records, file) and the bare forward pass
-    with its logits, in turns; the first of each is not counted."""
+    with its logits, in turns; a first batch, which warms up, is measured once more."""
     whole_s, bare_s, tokens = [], [], 0
     writer = SidecarWriter(job.prepared.config.capture.folder / "bench.logits")  # type: ignore[operator]
-    for name, reader, numbers in batches(job, rows):
+    work = list(batches(job, rows))
+    for name, reader, numbers in work[:1] + work:
         recorder = recorder_of(job, name, teacher)
         ids = torch.stack([torch.from_numpy(reader.read(0, row).astype(np.int64)) for row in numbers])
 
@@ -147,12 +149,12 @@ def measure_capture(job: Capturing, teacher: LiveTeacher, rows: int) -> dict[str
 
         bare_s.append(timed(bare))
         whole_s.append(timed(whole))
-        tokens += ids.numel()
+        tokens += ids.numel() if len(bare_s) > 1 else 0
     writer.close()
     ratio = statistics.median(b / w for b, w in zip(bare_s[1:], whole_s[1:], strict=True))
     return {
-        "forward_tokens_per_s": tokens / sum(bare_s),
-        "capture_tokens_per_s": tokens / sum(whole_s),
+        "forward_tokens_per_s": tokens / sum(bare_s[1:]),
+        "capture_tokens_per_s": tokens / sum(whole_s[1:]),
         "capture over forward (goal >= 0.95)": ratio,
     }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddkmix.batch import CrossSignal, Head
 from ddkmix.losses import LossTerm
+from ddkmix.losses.gradients import Gradients, MadeInForward, without_gradients
 from ddkmix.losses.logits import compute_type
 from ddkmix.losses.reference import logits_of
 
@@ -60,12 +61,10 @@ def aligned_objective(
         chunk_tokens: tokens, of either model, whose logits exist at one time; a longer span has them to
             itself.
     """
-    weight, bias = head.weight, head.bias
-    if not torch.is_grad_enabled():  # a Function is not told, and would make gradients for nobody
-        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    hidden, head = without_gradients(hidden, head)
     with torch.autocast(hidden.device.type, enabled=False):
         objective, values = _AlignedObjective.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, bias, head, labels, token_weight, tuple(terms), signal, chunk_tokens
+            hidden, head.weight, head.bias, head, labels, token_weight, tuple(terms), signal, chunk_tokens
         )
     return objective, values
 
@@ -95,7 +94,7 @@ def merged(
     return (log_probs[base] + rest[:, None]).exp()
 
 
-class _AlignedObjective(torch.autograd.Function):
+class _AlignedObjective(MadeInForward):
     """Gradients are made in the forward pass and only scaled in the backward pass."""
 
     @staticmethod
@@ -112,24 +111,18 @@ class _AlignedObjective(torch.autograd.Function):
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
         total = compute_type(hidden)
-        wanted = ctx.needs_input_grad[:3]
+        gradients = Gradients(hidden, weight, bias, ctx.needs_input_grad[:3], covered=False)
         values = hidden.new_zeros((len(terms), len(hidden)), dtype=total)
         objective = hidden.new_zeros((), dtype=total)
-        gradients = (
-            torch.zeros_like(hidden) if wanted[0] else None,
-            torch.zeros_like(weight, dtype=total) if wanted[1] else None,
-            torch.zeros_like(bias, dtype=total) if bias is not None and wanted[2] else None,
-        )
         own = weight.detach()[: head.vocab_size].to(hidden.dtype)
         own_bias = None if bias is None else bias.detach()[: head.vocab_size].to(hidden.dtype)
         for spans, part, theirs in _chunks(signal.spans, chunk_tokens):
-            states = hidden[part].detach()
-            raw = torch.nn.functional.linear(states, own, own_bias).to(total)
+            raw = torch.nn.functional.linear(hidden[part].detach(), own, own_bias).to(total)
             said = logits_of(signal.teacher.hidden[theirs], signal.teacher.head).detach()
             inside = spans - spans.new_tensor([part.start, part.start, theirs.start, theirs.start])
             firsts = spans[:, 0]
-            with torch.set_grad_enabled(any(wanted)):
-                raw.requires_grad_(any(wanted))
+            with torch.set_grad_enabled(gradients.wanted):
+                raw.requires_grad_(gradients.wanted)
                 chunk = raw.new_zeros(())
                 for k, term in enumerate(terms):
                     value = _span_losses(
@@ -144,24 +137,10 @@ class _AlignedObjective(torch.autograd.Function):
                     values[k, firsts] = value.detach()
                     chunk = chunk + term.weight * (value * token_weight[firsts]).sum()
             objective += chunk.detach()
-            if any(wanted):
-                _fold(torch.autograd.grad(chunk, raw)[0].to(hidden.dtype), states, own, part, gradients)
-        ctx.grads = gradients
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.mark_non_differentiable(values)
+            if gradients.wanted:
+                gradients.add(part, torch.autograd.grad(chunk, raw)[0].to(hidden.dtype), own)
+        gradients.keep(ctx, values)
         return objective, values
-
-    @staticmethod
-    def backward(ctx: Any, grad_objective: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients, once."""
-        if ctx.grads is None:
-            raise RuntimeError("the gradients of this objective were already taken; run forward again")
-        scaled = [
-            None if grad is None else grad.mul_(grad_objective).to(dtype)
-            for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
-        ]
-        ctx.grads = None
-        return (*scaled, *[None] * 6)
 
 
 def _span_losses(
@@ -178,20 +157,6 @@ def _span_losses(
     p = merged(said / loss.temperature, their_labels, their_start, their_stop, loss.merge)
     value: Tensor = loss.across(q, p, pairs)
     return value
-
-
-def _fold(
-    by_logits: Tensor, states: Tensor, weight: Tensor, part: slice, gradients: tuple[Tensor | None, ...]
-) -> None:
-    """Add what a chunk adds to the gradients of hidden states, output weights and bias."""
-    of_hidden, of_weight, of_bias = gradients
-    classes = by_logits.shape[1]
-    if of_hidden is not None:
-        of_hidden[part] = by_logits @ weight
-    if of_weight is not None:
-        of_weight[:classes] += by_logits.T @ states
-    if of_bias is not None:
-        of_bias[:classes] += by_logits.sum(dim=0)
 
 
 def _chunks(spans: Int[Tensor, "g 4"], chunk_tokens: int) -> Iterator[tuple[Tensor, slice, slice]]:

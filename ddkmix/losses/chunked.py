@@ -16,13 +16,11 @@ from torch import Tensor
 from ddkmix.batch import Head, Signal
 from ddkmix.losses import LossTerm, token_multiple
 from ddkmix.losses.closed_form import LogProbs, keeps_up, logit_gradient
+from ddkmix.losses.gradients import Gradients, MadeInForward
 from ddkmix.losses.logits import Block, Projection, blocks, compute_type, teacher_chunks
 
-_SLICE_ELEMENTS = 2**22
-"""Of the output weights' gradient, where it must be made in a smaller type before it is added up."""
 
-
-class ChunkedObjective(torch.autograd.Function):
+class ChunkedObjective(MadeInForward):
     """Gradients are made in the forward pass and only scaled in the backward pass."""
 
     @staticmethod
@@ -41,7 +39,7 @@ class ChunkedObjective(torch.autograd.Function):
         """Objective and values; see `distillation_objective` for the arguments."""
         student = Projection(head, hidden, chunk_tokens)
         teacher = teacher_chunks(signal, chunk_tokens)
-        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
+        gradients = Gradients(hidden, weight, bias, ctx.needs_input_grad[:3], covered=True)
         values = hidden.new_empty((len(terms), len(hidden)), dtype=compute_type(hidden))
         token_weight = token_weight.to(values.dtype)
         multiple = token_multiple(terms)
@@ -60,58 +58,8 @@ class ChunkedObjective(torch.autograd.Function):
             if gradients.wanted:
                 gradients.add(part, raw, student.weight)
         factors = values.new_tensor([term.weight for term in terms])
-        ctx.grads = gradients.of_inputs
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.mark_non_differentiable(values)
+        gradients.keep(ctx, values)
         return ((factors @ values) * token_weight).sum(), values
-
-    @staticmethod
-    def backward(ctx: Any, grad_objective: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients, once."""
-        if ctx.grads is None:
-            raise RuntimeError("the gradients of this objective were already taken; run forward again")
-        scaled = [
-            None if grad is None else grad.mul_(grad_objective).to(dtype)
-            for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
-        ]
-        ctx.grads = None
-        return (*scaled, *[None] * 6)
-
-
-class _Gradients:
-    """Of hidden states, output weights and bias, as far as they are wanted."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[bool]) -> None:
-        self.wanted, self._hidden = any(wanted), hidden.detach()
-        # float32 whatever the compute type: a vocabulary row collects thousands of small terms
-        total = compute_type(hidden)
-        self.of_inputs = (
-            torch.empty_like(hidden) if wanted[0] else None,
-            torch.zeros_like(weight, dtype=total) if wanted[1] else None,
-            torch.zeros_like(bias, dtype=total) if bias is not None and wanted[2] else None,
-        )
-
-    def add(self, part: slice, by_logits: Tensor, weight: Tensor) -> None:
-        """What a chunk adds."""
-        of_hidden, of_weight, of_bias = self.of_inputs
-        classes = by_logits.shape[1]
-        if of_hidden is not None:
-            torch.mm(by_logits, weight, out=of_hidden[part])
-        if of_weight is not None:
-            _add_product(of_weight[:classes], by_logits, self._hidden[part])
-        if of_bias is not None:
-            of_bias[:classes] += by_logits.sum(dim=0, dtype=of_bias.dtype)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left^T right. In a smaller type a part of the classes at a time, or it would exist twice."""
-    if total.dtype == left.dtype:
-        total.addmm_(left.T, right)
-        return
-    step = max(1, _SLICE_ELEMENTS // total.shape[1])
-    for start in range(0, len(total), step):
-        some = slice(start, start + step)
-        total[some] += left[:, some].T @ right
 
 
 def _values(terms: Sequence[LossTerm], logits: Tensor, said: Block, labels: Tensor) -> Tensor:

@@ -104,20 +104,22 @@ class Divergence:
         Returns:
             (n,) values, and a `Slope`.
         """
-        from ddkmix.losses import classes, closed_form, temperature
+        from ddkmix.losses.classes import all_classes, log_probs_of
+        from ddkmix.losses.closed_form import LogProbs, Slope, by_autograd, keeps_up
+        from ddkmix.losses.temperature import through_deviation
 
         tempered = self.tempering(student, teacher)
-        teacher = classes.all_classes(teacher, student.logits.shape[1])
-        log_q, log_p = classes.log_probs_of(student, teacher, tempered.student, tempered.teacher)
-        if closed_form.keeps_up(type(self), "between_and_slope", "between"):
+        teacher = all_classes(teacher, student.logits.shape[1])
+        log_q, log_p = log_probs_of(student, teacher, tempered.student, tempered.teacher)
+        if keeps_up(type(self), "between_and_slope", "between"):
             values, slope = self.between_and_slope(log_q, log_p)
         else:
-            values, slope = closed_form.by_autograd(self.between, log_q, log_p)
+            values, slope = by_autograd(self.between, log_q, log_p)
         values = tempered.factor * values
-        whole = closed_form.Slope(temperature=tempered.student, factor=tempered.factor)
-        if isinstance(teacher, closed_form.LogProbs):
+        whole = Slope(temperature=tempered.student, factor=tempered.factor)
+        if isinstance(teacher, LogProbs):
             if self.adapt == "norm_kd":
-                slope = slope + temperature.through_deviation(student.logits, log_q, slope, self.temperature)
+                slope = slope + through_deviation(student.logits, log_q, slope, self.temperature)
             return values, replace(whole, dense=slope)
         entries, rest, log_q_rest = slope[:, :-1], slope[:, -1:], log_q[:, -1:]
         return values, replace(whole, ids=teacher.ids, entries=entries, rest=rest, log_q_rest=log_q_rest)
@@ -133,13 +135,14 @@ class Divergence:
         Returns:
             (n,) float32, nats per token, times the factor of its temperature if so scaled.
         """
-        from ddkmix.losses import classes, closed_form
+        from ddkmix.losses.classes import all_classes, log_probs_of
+        from ddkmix.losses.closed_form import LogProbs
 
-        student = closed_form.LogProbs(student_logits)
-        said = teacher if hasattr(teacher, "log_probs") else closed_form.LogProbs(teacher)
+        student = LogProbs(student_logits)
+        said = teacher if hasattr(teacher, "log_probs") else LogProbs(teacher)
         tempered = self.tempering(student, said)
-        said = classes.all_classes(said, student_logits.shape[1])
-        log_q, log_p = classes.log_probs_of(student, said, tempered.student, tempered.teacher)
+        said = all_classes(said, student_logits.shape[1])
+        log_q, log_p = log_probs_of(student, said, tempered.student, tempered.teacher)
         return tempered.factor * self.between(log_q, log_p)
 
     def tempering(self, student: Any, teacher: Any) -> Any:
@@ -152,18 +155,16 @@ class Divergence:
         Returns:
             Three numbers for all tokens, or (n,) tensors: `student`, `teacher` and `factor`.
         """
-        from ddkmix.losses import temperature
+        from ddkmix.losses.temperature import Tempering, ada_kd, norm_kd, power_sum
 
         both = self.temperature_on == "both"
         power = self.scale_power if self.scale_by_temperature else 0
         if self.adapt == "norm_kd":
-            return temperature.norm_kd(self.temperature, student.logits, teacher.logits, power)
+            return norm_kd(self.temperature, student.logits, teacher.logits, power)
         if self.adapt in ("adakd_sd", "adakd_h"):
-            return temperature.ada_kd(self.adapt, self.temperature, teacher.at(1.0), power, both=both)
-        factor = temperature.power_sum(teacher, self.temperature) if self.adapt == "wttm" else self.scale
-        return temperature.Tempering(
-            student=self.student_temperature, teacher=self.temperature, factor=factor
-        )
+            return ada_kd(self.adapt, self.temperature, teacher.at(1.0), power, both=both)
+        factor = power_sum(teacher, self.temperature) if self.adapt == "wttm" else self.scale
+        return Tempering(student=self.student_temperature, teacher=self.temperature, factor=factor)
 
     @property
     def student_temperature(self) -> float:

@@ -46,40 +46,32 @@ class ForwardKL(Divergence):
 
     def __call__(self, student_logits: Any, teacher: Any, labels: Any) -> Any:
         """The sum of each token; see `Divergence.__call__` for the arguments."""
-        from ddkmix.losses import classes, closed_form
+        from ddkmix.losses.classes import kind_of
+        from ddkmix.losses.closed_form import LogProbs
 
-        if classes.kind_of(teacher) in ("dense", "bucket"):
+        if kind_of(teacher) in ("dense", "bucket"):
             return Divergence.__call__(self, student_logits, teacher, labels)
-        return self._over_entries(closed_form.LogProbs(student_logits), teacher)[0]
+        return self._over_entries(LogProbs(student_logits), teacher)[0]
 
     def value_and_slope(self, student: Any, teacher: Any, labels: Any) -> tuple[Any, Any]:
-        """The sum and its derivative, -p of every class or the weights of the entries; see `TokenLoss`.
+        """The sum and its derivative, -p of every class or the weights of the entries."""
+        from ddkmix.losses.classes import kind_of
+        from ddkmix.losses.closed_form import LogProbs
 
-        Args:
-            student: `LogProbs` of its logits, without a gradient.
-            teacher: `LogProbs` of its logits, or a TruncatedSignal of the n tokens.
-            labels: not looked at.
-
-        Returns:
-            (n,) values, and a `Slope`.
-        """
-        from ddkmix.losses import classes, closed_form
-
-        if isinstance(teacher, closed_form.LogProbs) or classes.kind_of(teacher) == "bucket":
+        if isinstance(teacher, LogProbs) or kind_of(teacher) == "bucket":
             return Divergence.value_and_slope(self, student, teacher, labels)
         return self._over_entries(student, teacher)
 
     def _over_entries(self, student: Any, teacher: Any) -> tuple[Any, Any]:
         """The sum over a truncated signal's entries alone, and its slope."""
-        from ddkmix.losses import classes, closed_form
+        from ddkmix.losses.classes import entry_log_probs, entry_weights
+        from ddkmix.losses.closed_form import Slope
 
         tempered = self.tempering(student, teacher)
-        weights = classes.entry_weights(teacher, self.temperature)
-        log_p = weights.log() if teacher.draws is None else classes.entry_log_probs(teacher, self.temperature)
+        weights = entry_weights(teacher, self.temperature)
+        log_p = weights.log() if teacher.draws is None else entry_log_probs(teacher, self.temperature)
         log_q = student.at(tempered.student).gather(1, teacher.ids)
-        slope = closed_form.Slope(
-            temperature=tempered.student, factor=tempered.factor, ids=teacher.ids, entries=-weights
-        )
+        slope = Slope(temperature=tempered.student, factor=tempered.factor, ids=teacher.ids, entries=-weights)
         return tempered.factor * _weighted(weights, self._nats(log_q, log_p)), slope
 
     def _nats(self, log_q: Any, log_p: Any) -> Any:

@@ -17,7 +17,6 @@ cross-entropy log 4.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +27,7 @@ from ddkmix.errors import ConfigError, ModelError, NumericsError
 from ddkmix.losses import LossTerm, check_terms, token_multiple
 from ddkmix.losses.chunked import ChunkedObjective
 from ddkmix.losses.classes import kind_of
+from ddkmix.losses.gradients import without_gradients
 from ddkmix.losses.hidden_consistency import HiddenConsistency
 from ddkmix.losses.hidden_match import HiddenMatch
 from ddkmix.losses.liger import liger_objective
@@ -85,9 +85,7 @@ def distillation_objective(
         NumericsError: the teacher's logits hold NaN or +inf.
     """
     _check(hidden, head, terms, signal, impl)
-    if not torch.is_grad_enabled():  # a Function is not told, and would make gradients for nobody
-        hidden = hidden.detach()
-        head = _detached(head)
+    hidden, head = without_gradients(hidden, head)
     # the compute type is that of `hidden`; autocast would choose again inside every chunk
     with torch.autocast(hidden.device.type, enabled=False):
         if impl == "reference":
@@ -136,11 +134,6 @@ def tokens_within(
 
 def _classes(head: Head) -> int:
     return len(head.weight[: head.vocab_size])
-
-
-def _detached(head: Head) -> Head:
-    bias = None if head.bias is None else head.bias.detach()
-    return replace(head, weight=head.weight.detach(), bias=bias)
 
 
 def _check(hidden: Tensor, head: Head, terms: Sequence[LossTerm], signal: Signal | None, impl: str) -> None:

@@ -24,13 +24,8 @@ def reference_objective(
     logits = logits_of(hidden, head)
     teacher: Any = signal
     with torch.no_grad():
-        if isinstance(signal, DenseSignal):
-            teacher = logits_of(signal.hidden, signal.head)
-        if isinstance(signal, EnsembleSignal):
-            teacher = sum(
-                weight * logits_of(member.hidden, member.head).log_softmax(-1)
-                for member, weight in zip(signal.members, signal.weights, strict=True)
-            )
+        if isinstance(signal, DenseSignal | EnsembleSignal):
+            teacher = dense_logits(signal)
     values = torch.stack([term.loss(logits, teacher, labels) for term in terms])
     weights = values.new_tensor([term.weight for term in terms])
     return (weights[:, None] * values * token_weight).sum(), values.detach()
@@ -41,3 +36,14 @@ def logits_of(hidden: Float[Tensor, "n D"], head: Head) -> Float[Tensor, "n V"]:
     weight = head.weight[: head.vocab_size].to(hidden.dtype)
     bias = None if head.bias is None else head.bias[: head.vocab_size].to(hidden.dtype)
     return head.finish(torch.nn.functional.linear(hidden, weight, bias).to(compute_type(hidden)))
+
+
+def dense_logits(signal: DenseSignal | EnsembleSignal) -> Float[Tensor, "n V"]:
+    """Logits of one model, or those of an ensemble: sum_k weight_k log p_k, which lacks only log Z."""
+    if isinstance(signal, DenseSignal):
+        return logits_of(signal.hidden, signal.head)
+    shares = zip(signal.members, signal.weights, strict=True)
+    return sum(
+        (share * dense_logits(member).log_softmax(-1) for member, share in shares),
+        torch.zeros((), device=signal.members[0].hidden.device),
+    )

@@ -79,14 +79,13 @@ class Sinkhorn:
         """
         import torch
 
-        from ddkmix.losses import transport
+        from ddkmix.losses.transport import distances, plan, teacher_side
 
         q = (student_logits / self.temperature).softmax(-1)
-        said = transport.teacher_side(teacher, self.temperature, self.top_k)
+        said = teacher_side(teacher, self.temperature, self.top_k)
         values = []
         for start in range(0, len(q), self.group_tokens):
             part = slice(start, start + self.group_tokens)
-            cost = transport.distances(q[part], said.at(part))
-            plan = transport.plan(cost, self.epsilon, self.iterations)
-            values.append((plan * cost).sum(-1))
+            cost = distances(q[part], said.at(part))
+            values.append((plan(cost, self.epsilon, self.iterations) * cost).sum(-1))
         return torch.cat(values) if values else q.sum(-1)

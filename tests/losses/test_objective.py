@@ -179,7 +179,7 @@ def test_a_term_of_weight_zero_is_measured_and_teaches_nothing():
 
 def test_bfloat16_gradients_of_the_weights_are_added_up_in_float32(monkeypatch):
     """bf16 states and weights, slices of two classes: errors against float64 no larger than autograd's."""
-    monkeypatch.setattr("ddkmix.losses.chunked._SLICE_ELEMENTS", 2 * HIDDEN)
+    monkeypatch.setattr("ddkmix.losses.gradients._SLICE_ELEMENTS", 2 * HIDDEN)
     case = make_case(tokens=400, classes=40, terms=(CE, KL))
 
     def as_type(dtype):
