@@ -63,9 +63,18 @@ class ChunkedObjective(MadeInForward):
 
 
 def _values(terms: Sequence[LossTerm], logits: Tensor, said: Block, labels: Tensor) -> Tensor:
-    """(terms, n) losses of a block."""
-    teacher = said.logits if isinstance(said, LogProbs) else said
-    return torch.stack([term.loss(logits, teacher, labels) for term in terms])
+    """(terms, n) losses of a block, by the closed forms where there are some: the same as in training."""
+    student, values = LogProbs(logits), []
+    for term in terms:
+        if _has_closed_form(term):
+            values.append(term.loss.value_and_slope(student, said, labels)[0])  # type: ignore[attr-defined]
+        else:
+            values.append(term.loss(logits, said.logits if isinstance(said, LogProbs) else said, labels))
+    return torch.stack(values)
+
+
+def _has_closed_form(term: LossTerm) -> bool:
+    return keeps_up(type(term.loss), "value_and_slope", "__call__")
 
 
 def _gradient(
@@ -74,7 +83,7 @@ def _gradient(
     """(terms, n) losses of a block, and the derivative of their weighted sum by the logits."""
     student, values, slopes, others = LogProbs(logits), [], [], []
     for term in terms:
-        if keeps_up(type(term.loss), "value_and_slope", "__call__"):
+        if _has_closed_form(term):
             value, slope = term.loss.value_and_slope(student, said, labels)  # type: ignore[attr-defined]
             slopes.append((term.weight * token_weight, slope))
             values.append(value)

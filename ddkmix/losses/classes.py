@@ -42,14 +42,13 @@ def log_probs_of(
     teacher_temperature: float | Float[Tensor, " n"],
 ) -> tuple[Float[Tensor, "n C"], Float[Tensor, "n C"]]:
     """Log-probabilities of both; C is V, or K + 1 for a truncated signal with the tail `bucket`."""
-    log_q = student.at(student_temperature)
     if isinstance(teacher, LogProbs):
-        return log_q, teacher.at(teacher_temperature)
+        return student.at(student_temperature), teacher.at(teacher_temperature)
     assert kind_of(teacher) == "bucket", "no losses are given what they do not accept"
     assert isinstance(teacher_temperature, float)
     log_p = entry_log_probs(teacher, teacher_temperature)
-    kept = log_q.gather(1, teacher.ids).masked_fill(log_p == -math.inf, -math.inf)
-    rest = log_q.scatter(1, teacher.ids, -math.inf).logsumexp(-1, keepdim=True)
+    kept = student.of(teacher.ids, student_temperature).masked_fill(log_p == -math.inf, -math.inf)
+    rest = student.outside(teacher.ids, student_temperature)
     # where every class was kept there is no rest, whatever rounding has left of the teacher's
     outside = log_complement(log_p).masked_fill(rest == -math.inf, -math.inf)
     return torch.cat([kept, rest], dim=1), torch.cat([log_p, outside], dim=1)

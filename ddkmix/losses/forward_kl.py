@@ -7,7 +7,7 @@ this is its term (gamma = 0.2, temperature 1).
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ddkmix.losses.divergence import Divergence
+from ddkmix.losses.divergence import NEEDS_ALL_LOGITS, Divergence
 
 __all__ = ["ForwardKL"]
 
@@ -42,7 +42,8 @@ class ForwardKL(Divergence):
     def between_and_slope(self, log_q: Any, log_p: Any) -> tuple[Any, Any]:
         """Its derivative by log q is -p."""
         p = log_p.exp()
-        return _weighted(p, self._nats(log_q, log_p)), -p
+        # 0 x inf is nan and counts nothing, but what was nan in p stays
+        return (p * self._nats(log_q, log_p)).nansum(-1) + 0 * p.sum(-1), -p
 
     def __call__(self, student_logits: Any, teacher: Any, labels: Any) -> Any:
         """The sum of each token; see `Divergence.__call__` for the arguments."""
@@ -56,11 +57,28 @@ class ForwardKL(Divergence):
     def value_and_slope(self, student: Any, teacher: Any, labels: Any) -> tuple[Any, Any]:
         """The sum and its derivative, -p of every class or the weights of the entries."""
         from ddkmix.losses.classes import kind_of
-        from ddkmix.losses.closed_form import LogProbs
+        from ddkmix.losses.closed_form import LogProbs, keeps_up
 
+        if isinstance(teacher, LogProbs):
+            derived = ("between", "between_and_slope", "_nats")
+            shared = all(keeps_up(type(self), "_over_all", name) for name in derived)
+            if shared and self.adapt not in NEEDS_ALL_LOGITS:
+                return self._over_all(student, teacher)
         if isinstance(teacher, LogProbs) or kind_of(teacher) == "bucket":
             return Divergence.value_and_slope(self, student, teacher, labels)
         return self._over_entries(student, teacher)
+
+    def _over_all(self, student: Any, teacher: Any) -> tuple[Any, Any]:
+        """sum_v p (log p - log q), from logits and normalisers: half the passes over all classes."""
+        from ddkmix.losses.closed_form import Slope
+
+        by = self.tempering(student, teacher)
+        p = teacher.times(teacher.logits.new_ones((len(teacher.logits), 1)), by.teacher)
+        nats = (teacher.logits / by.teacher).sub_(student.logits, alpha=1 / by.student)
+        from_sums = student.log_normaliser(by.student) - teacher.log_normaliser(by.teacher)
+        # 0 x inf is nan and counts nothing; a nan of the logits is in the normalisers too
+        values = (p * nats).nansum(-1) + from_sums[:, 0]
+        return by.factor * values, Slope(temperature=by.student, factor=-by.factor, dense=p)
 
     def _over_entries(self, student: Any, teacher: Any) -> tuple[Any, Any]:
         """The sum over a truncated signal's entries alone, and its slope."""
@@ -70,7 +88,7 @@ class ForwardKL(Divergence):
         tempered = self.tempering(student, teacher)
         weights = entry_weights(teacher, self.temperature)
         log_p = weights.log() if teacher.draws is None else entry_log_probs(teacher, self.temperature)
-        log_q = student.at(tempered.student).gather(1, teacher.ids)
+        log_q = student.of(teacher.ids, tempered.student)
         slope = Slope(temperature=tempered.student, factor=tempered.factor, ids=teacher.ids, entries=-weights)
         return tempered.factor * _weighted(weights, self._nats(log_q, log_p)), slope
 
