@@ -4,13 +4,14 @@ Kept classes have their true log-probabilities. Four scalars make up for what is
 the teacher's own loss, its entropy, and the logarithm of the normaliser at each temperature, with which
 tempered probabilities of the kept classes are exact.
 
-A few passes over the vocabulary do all of it: one finds the largest logit of each block of 64 (the k largest
+A few passes over the vocabulary, in three buffers, do all of it: one finds the largest logit of each block of 64 (the k largest
 logits lie in the k blocks with the largest ones), one or two take exponentials, and sums of blocks turn
 random numbers into draws.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -115,27 +116,43 @@ def truncate(
         NumericsError: a logit is NaN or +inf, or all logits of a token are -inf.
     """
     size = _CHUNK_BYTES["cpu" if logits.device.type == "cpu" else "other"]
-    step = max(size // (4 * logits.shape[1]), 1)
+    step = min(max(size // (4 * logits.shape[1]), 1), max(len(logits), 1))
+    likeliest, ids = _likeliest(logits, min(kept.k or 1, logits.shape[1]))
+    values = likeliest.float() if head is None else head.finish(likeliest.float())
+    bad = (~values[:, 0].isfinite()).nonzero()
+    if len(bad):
+        i = int(bad[0])
+        raise NumericsError(
+            f"{name(i)}: the teacher's largest logit is {values[i, 0].item()}; its parameters "
+            "are damaged, or its type overflows. Load another copy, or set teacher.dtype: float32."
+        )
+    buffers = _Buffers(*(logits.new_empty((step, logits.shape[1]), dtype=torch.float32) for _ in range(3)))
     parts = []
     for start in range(0, max(len(logits), 1), step):
         part = slice(start, start + step)
-        chunk = logits[part].to(torch.float32, copy=True)  # which the passes below overwrite
-        chunk = chunk if head is None else head.finish(chunk)
-        values, ids = _likeliest(chunk, min(kept.k or 1, chunk.shape[1]))
-        bad = (~values[:, 0].isfinite()).nonzero()
-        if len(bad):
-            i = int(bad[0])
-            raise NumericsError(
-                f"{name(start + i)}: the teacher's largest logit is {values[i, 0].item()}; its parameters "
-                "are damaged, or its type overflows. Load another copy, or set teacher.dtype: float32."
-            )
+        work = buffers.of(len(logits[part]))
+        work.shifted.copy_(logits[part])
+        if head is not None:
+            work.shifted.copy_(head.finish(work.shifted))
         own = None if uniforms is None else uniforms[part]
-        parts.append(_truncate(chunk, labels[part], values, ids, kept, temperatures, own))
+        parts.append(_truncate(work, labels[part], values[part], ids[part], kept, temperatures, own))
     return _joined(parts)
 
 
+class _Buffers(NamedTuple):
+    """Of one chunk of logits after the other: fresh memory would cost as much as what is done in it."""
+
+    shifted: Float[Tensor, "n V"]
+    exponentials: Float[Tensor, "n V"]
+    other: Float[Tensor, "n V"]
+
+    def of(self, tokens: int) -> "_Buffers":
+        """For a chunk that may be shorter."""
+        return _Buffers(*(buffer[:tokens] for buffer in self))
+
+
 def _truncate(
-    logits: Float[Tensor, "n V"],
+    work: _Buffers,
     labels: Int[Tensor, " n"],
     values: Float[Tensor, "n k"],
     ids: Int[Tensor, "n k"],
@@ -143,15 +160,15 @@ def _truncate(
     temperatures: Sequence[float],
     uniforms: Float[Tensor, "n N"] | None,
 ) -> TruncatedSignal:
-    largest = values[:, :1].clone()
-    shifted = logits.sub_(largest)
-    exponentials, log_z = _exponentials(shifted, temperatures)
+    largest = values[:, :1]
+    shifted = work.shifted.sub_(largest)
+    exponentials, log_z = _exponentials(work, temperatures)
     total = exponentials.sum(-1)
     log_total = total.log()
     signal = TruncatedSignal(
         ids=ids,
         log_probs=values - largest - log_total[:, None],
-        entropy=_entropy(shifted, exponentials, total),
+        entropy=_entropy(work, exponentials, total),
         teacher_nats=log_total - shifted.gather(1, labels[:, None])[:, 0],
         log_z={t: value - log_total / t for t, value in log_z.items()},
     )
@@ -184,7 +201,7 @@ def _likeliest(logits: Float[Tensor, "n V"], k: int) -> tuple[Float[Tensor, "n k
 
 
 def _exponentials(
-    shifted: Float[Tensor, "n V"], temperatures: Sequence[float]
+    work: _Buffers, temperatures: Sequence[float]
 ) -> tuple[Float[Tensor, "n V"], dict[float, Float[Tensor, " n"]]]:
     """exp(shifted), and log sum exp(shifted / temperature) for each temperature.
 
@@ -195,20 +212,24 @@ def _exponentials(
     powers = [t for t in temperatures if t in _POWERS]
     exponentials = None
     for temperature in temperatures:
-        tempered = (shifted / temperature).exp_()
+        is_last = bool(powers) and temperature == max(powers)
+        out = work.exponentials if is_last else work.other
+        tempered = torch.mul(work.shifted, 1 / temperature, out=out).exp_()
         log_z[temperature] = tempered.sum(-1).log()
-        if powers and temperature == max(powers):
+        if is_last:
             exponentials = tempered.pow_(int(temperature))
-    return shifted.exp() if exponentials is None else exponentials, log_z
+    if exponentials is None:
+        exponentials = torch.exp(work.shifted, out=work.exponentials)
+    return exponentials, log_z
 
 
 def _entropy(
-    shifted: Float[Tensor, "n V"], exponentials: Float[Tensor, "n V"], total: Float[Tensor, " n"]
+    work: _Buffers, exponentials: Float[Tensor, "n V"], total: Float[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
     """-sum_v p log p = log Z - sum_v p (z - max)."""
-    mean = torch.linalg.vecdot(exponentials, shifted) / total
+    mean = torch.mul(exponentials, work.shifted, out=work.other).sum(-1) / total
     if mean.isnan().any():  # 0 x -inf of excluded classes
-        mean = torch.linalg.vecdot(exponentials, shifted.clamp(min=-1e30)) / total
+        mean = torch.linalg.vecdot(exponentials, work.shifted.clamp(min=-1e30)) / total
     return (total.log() - mean).clamp(min=0.0)
 
 
