@@ -7,7 +7,7 @@ the places where their framework lets them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -150,6 +150,9 @@ class Reweighter:
             raise ConfigError(
                 f"losses are of {list(losses.domains)} and the mixture has {list(self.mixture.domains)}."
             )
+        if losses.rows_served is None:
+            served = self.mixture.served
+            losses = replace(losses, rows_served=np.array([served[name] for name in losses.domains]))
         state, exact = self._decide(losses)
         self.mixture.set_weights(exact)
         check_agreement(self.mixture, "weight update")

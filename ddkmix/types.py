@@ -48,6 +48,12 @@ class DomainLosses:
     """Predicted tokens that the means are over."""
     num_bytes: Int[np.ndarray, " N"]
     """UTF-8 bytes of text that those tokens cover; 0 where nobody counted them."""
+    excess_loss: Float[np.ndarray, " N"] | None = None
+    """Mean over tokens of max(0, student - teacher), nats per token; None where nobody measured it."""
+    forward_kl: Float[np.ndarray, " N"] | None = None
+    """Mean KL(teacher || student) of the predictions, nats per token; None where nobody measured it."""
+    rows_served: Int[np.ndarray, " N"] | None = None
+    """Rows of each domain that the student has learned from so far; None where nobody counted them."""
 
     @classmethod
     def from_means(
