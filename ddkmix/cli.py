@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ddkmix.errors import ConfigError, DdkmixError, Interrupted
+from ddkmix.replay_command import replay
 
 app = typer.Typer(
     name="ddkmix",
@@ -277,6 +278,9 @@ def seen(
     print(report.text)
     for note in report.notes:
         print(f"ddkmix: {note}", file=sys.stderr)
+
+
+app.command()(replay)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -105,9 +105,10 @@ LAYERS = {
     "verifying": 26,
     "report": 27,
     "options": 27,
-    "cli": 28,
-    "__init__": 28,
-    "__main__": 29,
+    "replay_command": 28,
+    "cli": 29,
+    "__init__": 29,
+    "__main__": 30,
 }
 SIBLINGS: set[tuple[str, str]] = set()
 """(importer, imported) of one layer."""

@@ -171,7 +171,7 @@ def guarded(policy: WeightPolicy, guards: Guards | Mapping[str, Any] | bool | No
     if guards is None:
         return policy
     try:
-        settings = Guards.model_validate(guards)
+        settings = Guards.model_validate(dict(guards) if isinstance(guards, Mapping) else guards)
     except ValidationError as error:
         raise ConfigError(" ".join(explain(error, "guards", Guards).split())) from None
     if isinstance(policy, Guarded):
