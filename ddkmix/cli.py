@@ -102,6 +102,7 @@ def lint(
     ] = False,
 ) -> None:
     """Check everything that a config names, without loading a model."""
+    from ddkmix.policies.guards import describe
     from ddkmix.preflight import check
     from ddkmix.prepare import check_remote
 
@@ -112,7 +113,8 @@ def lint(
     packed = sum(1 for domain in prepared.domains if domain.rows is not None)
     print(
         f"{config}: fine. {len(prepared.domains)} domains{f' ({packed} packed)' if packed else ''}, {shards} "
-        f"shards, tokenizer {prepared.tokenizer.name} ({prepared.tokenizer.vocab_size:,} tokens)."
+        f"shards, tokenizer {prepared.tokenizer.name} ({prepared.tokenizer.vocab_size:,} tokens), policy "
+        f"{prepared.config.policy.name}, guards: {describe(prepared.policy, len(prepared.domains))}."
     )
 
 

@@ -146,10 +146,10 @@ class DomainLosses:
     def gap_interval(self, share: float = 0.95) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
         """Lower and upper end of each gap's confidence interval, nats per token.
 
-        gap_error times the quantile of Student's t with `effective_rows` - 1 degrees of freedom, which few rows
-        need; the normal quantile where nobody counted them. Over resampled held-out sets the 95 % interval
-        covers the true gap 93 to 97 % of the time from 4 rows on, and from 64 where most of the tokens
-        lie in few of the rows (tests/test_coverage.py).
+        gap_error times the quantile of Student's t with `effective_rows` - 1 degrees of freedom, which few
+        rows need; the normal quantile where nobody counted them. Over resampled held-out sets the 95 %
+        interval covers the true gap 93 to 97 % of the time: from 4 rows on, and from 64 where most of the
+        tokens lie in few of the rows (tests/test_coverage.py).
 
         Args:
             share: of held-out sets whose interval holds the true gap, between 0 and 1.

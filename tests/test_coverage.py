@@ -1,7 +1,7 @@
 """Standard errors that are right: how often the interval of a gap holds the true gap.
 
-A domain is a population of rows whose tokens are correlated, skewed, and easier or harder with their row, whose
-length may differ and says something about the gap. Held-out sets are drawn from it thousands of times.
+A domain is a population of rows whose tokens are correlated, skewed, and easier or harder with their row, and
+whose lengths differ and say something about the gap. Held-out sets are drawn from it thousands of times.
 """
 
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def test_the_interval_covers_the_gap(lengths: str, rows: int) -> None:
 
 
 def test_few_rows_with_most_of_the_tokens_cover_less() -> None:
-    """What is said of fewer than 64 such rows is that they do not: 91 to 94 %, and why 500 are the default."""
+    """Fewer than 64 such rows do not reach it: about 92 %."""
     assert 0.91 <= coverage("long tail", 16) < 0.93
 
 
@@ -121,7 +121,7 @@ def test_one_row_has_no_interval() -> None:
 @pytest.mark.parametrize("share", [0.0, 1.0, 95.0, float("nan")])
 def test_a_share_that_is_none_is_one_line(share: float) -> None:
     """95 is no share."""
-    with pytest.raises(ConfigError, match="an interval covers a share between 0 and 1, such as 0.95"):
+    with pytest.raises(ConfigError, match=r"an interval covers a share between 0 and 1, such as 0.95"):
         DomainLosses.from_means({"a": 1.0}).gap_interval(share)
 
 

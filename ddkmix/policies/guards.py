@@ -181,6 +181,25 @@ def guarded(policy: WeightPolicy, guards: Guards | Mapping[str, Any] | bool | No
     return Guarded(policy=policy, guards=settings)
 
 
+def describe(policy: WeightPolicy, num_domains: int) -> str:
+    """What holds a policy's weights over so many domains, in a few words: `floor 0.0125, cap 0.5625`.
+
+    Bounds that are not set are meant for domains that lie within them in the corpus.
+    """
+    if not isinstance(policy, Guarded):
+        return "off"
+    guards, uniform = policy.guards, np.full(num_domains, 1 / num_domains)
+    low, high = (float(bound[0]) for bound in policy._bounds(uniform))
+    words = [
+        (low > 0, f"floor {low:.4g}"),
+        (high < 1, f"cap {high:.4g}"),
+        (guards.max_move < 1, f"largest move {guards.max_move:g}"),
+        (guards.warmup_intervals > 0, f"warm-up of {guards.warmup_intervals} updates"),
+        (policy.reads_errors, f"evidence {guards.evidence:g} standard errors"),
+    ]
+    return ", ".join(text for acts, text in words if acts) or "off"
+
+
 def _is_fixed(policy: WeightPolicy) -> bool:
     return bool(getattr(policy, "fixed", False))
 

@@ -81,8 +81,8 @@ def replay_policy(run_dir: Path, name: str | None = None, overrides: Sequence[st
     spec: Tree = config["policy"] if name is None else {"name": name}
     tree: Tree = {"policy": dict(spec), "guards": config["guards"]}
     for override in overrides:
-        known = override.startswith(("guards.", "guards=", "policy."))
-        apply_override(tree, override if known else f"policy.{override}")
+        whole = override.startswith(("guards.", "guards=", "policy.")) or "=" not in override
+        apply_override(tree, override if whole else f"policy.{override}")
     policy = guarded(policy_of(tree["policy"]), tree["guards"])
     anew, notes = (_changes(run_dir, config) if name is None else frozenset()), []
     if anew:
