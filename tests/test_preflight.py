@@ -73,7 +73,7 @@ def test_guards_that_no_mixture_keeps_are_refused_before_a_model_is_loaded(
 def test_evidence_wants_more_than_one_held_out_row(tiny_config: Make) -> None:
     """One row has no standard error. Without evidence, and for a mixture that never moves, one is enough."""
     single = {"evaluation": {"rows": 1}}
-    with pytest.raises(ConfigError, match="evaluation.rows = 1 gives no standard error of a gap") as error:
+    with pytest.raises(ConfigError, match=r"evaluation.rows = 1 gives no standard error of a gap") as error:
         check(parse_config(tiny_config(**single), where="test"))
     assert "\n" not in str(error.value)
     check(parse_config(tiny_config(**single, guards={"evidence": 0}), where="test"))

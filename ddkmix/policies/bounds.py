@@ -39,7 +39,7 @@ def nearest_mixture(
         return wanted
     served = wanted >= _ZERO
     found = np.where(served, high, low)
-    if found.sum() >= 1:
+    if found.sum() >= 1 or served.all():  # upper bounds may sum to a little less than 1 by rounding
         found[served] = _fill(wanted[served], low[served], high[served], 1 - low[~served].sum())
     else:  # what the others may not have goes to domains that were to have nothing
         rest = ~served

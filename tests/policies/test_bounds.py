@@ -116,6 +116,15 @@ def test_bounds_that_leave_one_mixture_give_it() -> None:
     assert [1.0] == nearest_mixture(np.array([1.0]), np.zeros(1), np.ones(1)).tolist()
 
 
+def test_bounds_that_miss_1_by_rounding_are_kept() -> None:
+    """Ten tenths sum to 1 - 1e-16: frozen at them, nothing moves. Floors may exceed 1 by as much."""
+    tenths, p = np.full(10, 0.1), np.arange(10) / 45
+    assert tenths.tolist() == nearest_mixture(p, tenths, tenths).tolist()
+    assert tenths.tolist() == nearest_mixture(np.maximum(p, 0.01) / 1.01, tenths, tenths).tolist()
+    above = np.nextafter(tenths, 1)
+    assert above == pytest.approx(nearest_mixture(p, above, np.ones(10)), abs=1e-15)
+
+
 @SETTINGS
 @given(problems())
 def test_it_is_a_mixture_within_its_bounds(problem: Problem) -> None:

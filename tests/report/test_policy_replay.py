@@ -204,8 +204,9 @@ def test_a_run_that_changed_its_policy_says_so(real_run: Path, tmp_path: Path) -
 
 
 def test_a_real_run_that_changed_its_guards(real_run: Path, tmp_path: Path) -> None:
-    """Resumed at step 5 without guards: measured at once, DDK without a memory, and from there on the recorded
-    weights are again those of the replay, to the last bit."""
+    """Resumed at step 5 without guards: measured at once, DDK without a memory, and from there on the weights
+    of the record are again those of the replay, to the last bit.
+    """
     run = tmp_path / "run"
     shutil.copytree(real_run, run)
     shutil.rmtree(run / "checkpoints" / "step-000010")
