@@ -129,7 +129,7 @@ class Guards(Section):
     floor: Share | None = None
     """Smallest share of a domain. Unset: 0.1 / N, for domains that begin above it."""
     cap: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Largest. Unset: (1 + 1 / N) / 2, all that DDK's alpha = 0.5 can give, for those that begin below it."""
+    """Largest share. Unset: (1 + 1 / N) / 2, all that DDK's alpha = 0.5 gives, for those that begin below."""
     max_move: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Largest change of any share in one update; 1 is no limit."""
     warmup_intervals: Count = 0

@@ -21,7 +21,7 @@ from ddkmix.types import DomainLosses
 from ddkmix.validation import explain
 
 _ROUNDING = 1e-12
-"""By which ten times 0.1 may miss 1."""
+"""By which ten times 0.1 may miss 1, and DDK's largest share (1 + 1 / N) / 2."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +130,7 @@ class Guarded:
     ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
         """Floor and cap of every domain."""
         count, floor, cap = len(natural), self.guards.floor, self.guards.cap
-        mild = (0.0, 1.0) if _is_fixed(self.policy) else (0.1 / count, (1 + 1 / count) / 2)
+        mild = (0.0, 1.0) if _is_fixed(self.policy) else (0.1 / count, (1 + 1 / count) / 2 + _ROUNDING)
         low = np.minimum(mild[0], natural) if floor is None else np.full(count, floor)
         high = np.maximum(mild[1], natural) if cap is None else np.full(count, cap)
         return low, high

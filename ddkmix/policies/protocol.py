@@ -36,14 +36,12 @@ class WeightPolicy(Protocol):
         ...
 
 
-def checked_weights(
-    policy: WeightPolicy, state: PolicyState, losses: DomainLosses
-) -> Float[np.ndarray, " N"]:
+def checked_weights(policy: WeightPolicy, state: Any, losses: DomainLosses) -> Float[np.ndarray, " N"]:
     """The mixture weights of a state that a policy gave.
 
     Args:
         policy: for the message.
-        state: its answer.
+        state: its answer, which may be anything.
         losses: what it was asked about.
 
     Raises:

@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from ddkmix.policies import bounds
 from ddkmix.policies.bounds import nearest_mixture
 
-SETTINGS = settings(deadline=None, derandomize=True, max_examples=150)
+SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
 Nearest = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 Problem = tuple[np.ndarray, np.ndarray, np.ndarray]
 
