@@ -28,8 +28,6 @@ _MAY_CHANGE = ("loader", "storage", "tracking", "run_dir", "cache_dir")
 _MAY_CHANGE_IN_TRAINER = ("checkpoint_steps", "keep_checkpoints", "microbatch_rows")
 _MAY_CHANGE_ON_REQUEST = ("domains", "mixture", "policy", "guards", "teachers", "default_teacher")
 """Sections that change which rows come next or who comments on them, but not what was learned."""
-_BEFORE_IT_EXISTED = {"guards": Guards.model_validate(False).model_dump(mode="json")}
-"""What a run did whose config does not have the section."""
 
 
 def find_run(config: RunConfig, *, resume: bool, allow_changes: bool = False) -> Path | None:
@@ -103,7 +101,8 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
         tree: dict[str, Any] = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     except OSError:
         raise RunError(f"{run_dir} is not a run directory (no config.yaml).") from None
-    return {**_BEFORE_IT_EXISTED, **tree}
+    # a run from before there were guards had none; made here, because callers change the tree
+    return {"guards": Guards.model_validate(False).model_dump(mode="json"), **tree}
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -95,7 +96,7 @@ class DomainLosses:
         )
 
     @classmethod
-    def from_json(cls, tree: Mapping[str, Mapping[str, float | None]]) -> "DomainLosses":
+    def from_json(cls, tree: Mapping[str, Mapping[str, Any]]) -> "DomainLosses":
         """The losses that `to_json` wrote, to the last bit; what was not finite comes back as nan.
 
         Args:
