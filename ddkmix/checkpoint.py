@@ -19,14 +19,14 @@ from typing import Any
 
 import yaml
 
-from ddkmix.config import RunConfig, dump_config
+from ddkmix.config import Guards, RunConfig, dump_config
 from ddkmix.errors import RunError
 from ddkmix.fingerprint import write_atomically
 
 _MAY_CHANGE = ("loader", "storage", "tracking", "run_dir", "cache_dir")
 """Sections that change neither the data nor the arithmetic."""
 _MAY_CHANGE_IN_TRAINER = ("checkpoint_steps", "keep_checkpoints", "microbatch_rows")
-_MAY_CHANGE_ON_REQUEST = ("domains", "mixture", "policy", "teachers", "default_teacher")
+_MAY_CHANGE_ON_REQUEST = ("domains", "mixture", "policy", "guards", "teachers", "default_teacher")
 """Sections that change which rows come next or who comments on them, but not what was learned."""
 
 
@@ -101,7 +101,8 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
         tree: dict[str, Any] = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     except OSError:
         raise RunError(f"{run_dir} is not a run directory (no config.yaml).") from None
-    return tree
+    # a run from before there were guards had none; made here, because callers change the tree
+    return {"guards": Guards.model_validate(False).model_dump(mode="json"), **tree}
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -228,7 +229,7 @@ def _sync(path: Path) -> None:
 
 def _differences_from(config: RunConfig, saved: Path) -> list[tuple[tuple[str, ...], Any, Any]]:
     """(key, was, now) of everything that differs and may not differ freely."""
-    old, new = yaml.safe_load(saved.read_text(encoding="utf-8")), dump_config(config)
+    old, new = read_run_config(saved.parent), dump_config(config)
     return [
         (key, was, now)
         for key, was, now in _differences(old, new)

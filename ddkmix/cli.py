@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ddkmix.errors import ConfigError, DdkmixError, Interrupted
+from ddkmix.replay_command import replay
 
 app = typer.Typer(
     name="ddkmix",
@@ -101,6 +102,7 @@ def lint(
     ] = False,
 ) -> None:
     """Check everything that a config names, without loading a model."""
+    from ddkmix.policies.guards import describe
     from ddkmix.preflight import check
     from ddkmix.prepare import check_remote
 
@@ -111,7 +113,8 @@ def lint(
     packed = sum(1 for domain in prepared.domains if domain.rows is not None)
     print(
         f"{config}: fine. {len(prepared.domains)} domains{f' ({packed} packed)' if packed else ''}, {shards} "
-        f"shards, tokenizer {prepared.tokenizer.name} ({prepared.tokenizer.vocab_size:,} tokens)."
+        f"shards, tokenizer {prepared.tokenizer.name} ({prepared.tokenizer.vocab_size:,} tokens), policy "
+        f"{prepared.config.policy.name}, guards: {describe(prepared.policy, len(prepared.domains))}."
     )
 
 
@@ -277,6 +280,9 @@ def seen(
     print(report.text)
     for note in report.notes:
         print(f"ddkmix: {note}", file=sys.stderr)
+
+
+app.command()(replay)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

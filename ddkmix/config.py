@@ -18,6 +18,7 @@ from ddkmix.sections import (
     Capture,
     Evaluation,
     FurtherTeacher,
+    Guards,
     Loader,
     Mixture,
     Named,
@@ -39,6 +40,7 @@ __all__ = [
     "Capture",
     "Evaluation",
     "FurtherTeacher",
+    "Guards",
     "Loader",
     "Mixture",
     "Named",
@@ -96,6 +98,8 @@ class RunConfig(Section):
     """How often the weights move, and what happens when a domain is used up."""
     policy: Named = Named(name="ddk")
     """How losses become mixture weights; see `ddkmix.policies`."""
+    guards: Guards = Guards()
+    """What holds them; `guards: off` is the policy as published."""
     loss: tuple[Named, ...] = (
         Named.model_validate({"name": "cross_entropy", "weight": 1.0}),
         Named.model_validate({"name": "forward_kl", "weight": 0.2, "temperature": 1.0}),

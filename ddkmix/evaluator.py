@@ -186,6 +186,7 @@ def summarise(
     gaps = {name: _mean_and_error(student[name] - teacher[name], held_out[name].num_tokens) for name in names}
     return DomainLosses(
         domains=names,
+        effective_rows=np.array([_effective_rows(held_out[name].num_tokens) for name in names]),
         student_loss=np.array([means[name][0] for name in names]),
         teacher_loss=np.array([teacher_means[name][0] for name in names]),
         student_error=np.array([means[name][1] for name in names]),
@@ -202,6 +203,11 @@ def _mean_and_error(sums: Float[np.ndarray, " R"], counts: Int[np.ndarray, " R"]
         return float(mean), float("nan")
     spread = np.sqrt(num_rows / (num_rows - 1) * ((sums - mean * counts) ** 2).sum())
     return float(mean), float(spread / total)
+
+
+def _effective_rows(counts: Int[np.ndarray, " R"]) -> float:
+    """How many equally long rows would weigh as these do: Kish's effective size."""
+    return float(counts.sum() ** 2 / (counts**2).sum())
 
 
 class NatsCache:

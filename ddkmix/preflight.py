@@ -18,7 +18,7 @@ from ddkmix.losses import LossTerm, build_terms, check_terms, check_weights
 from ddkmix.losses.hidden_consistency import HiddenConsistency
 from ddkmix.losses.hidden_match import HiddenMatch, check_layers_exist
 from ddkmix.pack import read_packed
-from ddkmix.policies import WeightPolicy, build_policy, next_state
+from ddkmix.policies import Guarded, WeightPolicy, build_policy, guarded, next_state
 from ddkmix.storage.location import is_remote
 from ddkmix.teachers import DEFAULT, Teachers, find_teachers
 from ddkmix.tokenizer import TokenizerCard, check_separator, read_tokenizer, tokenizer_fingerprint
@@ -36,6 +36,7 @@ class Prepared:
     teacher_tokenizer: TokenizerCard | None
     """Where the teacher has another one."""
     policy: WeightPolicy
+    """With its guards."""
     terms: tuple[LossTerm, ...]
     teachers: Teachers
     vocab_size: int | None
@@ -68,8 +69,8 @@ def check(config: RunConfig) -> Prepared:
         DdkmixError: the first thing that is wrong.
     """
     domains = load_domains(config.domains, config.storage)
-    policy = build_policy(config.policy)
-    _try_policy(policy, tuple(domain.name for domain in domains))
+    policy = guarded(build_policy(config.policy), config.guards)
+    _try_policy(policy, config, tuple(domain.name for domain in domains))
     terms = build_terms(config.loss)
     check_weights(terms, config.trainer.steps, config.schedule)
     _check_batch(config)
@@ -151,7 +152,12 @@ def dummy_losses(domains: tuple[str, ...], gap: float = 1.0) -> DomainLosses:
     )
 
 
-def _try_policy(policy: WeightPolicy, domains: tuple[str, ...]) -> None:
+def _try_policy(policy: WeightPolicy, config: RunConfig, domains: tuple[str, ...]) -> None:
+    if isinstance(policy, Guarded) and policy.reads_errors and config.evaluation.rows < 2:
+        raise ConfigError(
+            f"evaluation.rows = {config.evaluation.rows} gives no standard error of a gap, which "
+            f"guards.evidence = {config.guards.evidence:g} needs; measure more rows, or set it to 0."
+        )
     uniform = np.full(len(domains), 1.0 / len(domains))
     state = next_state(policy, None, dummy_losses(domains), uniform)
     next_state(policy, state, dummy_losses(domains), uniform)

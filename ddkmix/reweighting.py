@@ -12,10 +12,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from ddkmix.config import Guards
 from ddkmix.errors import ConfigError, DataError, DdkmixError, RunError
 from ddkmix.planned_mixture import PlannedMixture
 from ddkmix.planner import quantise
 from ddkmix.policies import PolicyState, WeightPolicy, next_state, policy_of, weights_of
+from ddkmix.policies.guards import Guarded, check_guards, guarded, unguarded
 from ddkmix.ranks import everyones, from_main
 from ddkmix.types import DomainLosses
 
@@ -51,11 +53,13 @@ class Reweighter:
         policy: a name ("ddk"), a name with parameters ({"name": "ddk", "signal": "loss_gap"}), or an object
             with `init` and `update`.
         interval_steps: optimizer steps between two measurements.
+        guards: what holds the weights, as a config has it ({"cap": 0.4, "evidence": 0.0}; True for a config's
+            defaults); None leaves them to the policy.
         on_losses: called with (step, losses, weights now in force) after every measurement.
 
     Raises:
-        ConfigError: the policy is wrong, `interval_steps` is below 1, or evaluator and mixture are of
-            different domains.
+        ConfigError: the policy or its guards are wrong, `interval_steps` is below 1, or evaluator and mixture
+            are of different domains.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Reweighter:
         policy: str | Mapping[str, Any] | WeightPolicy = "ddk",
         *,
         interval_steps: int = 1000,
+        guards: Guards | Mapping[str, Any] | bool | None = None,
         on_losses: Callable[[int, DomainLosses, Mapping[str, float]], None] = lambda *_: None,
     ) -> None:
         if interval_steps < 1:
@@ -72,8 +77,10 @@ class Reweighter:
         check_evaluator(evaluator, mixture.domains)
         self.mixture: PlannedMixture[Any] = mixture
         """What it sets the weights of."""
-        self.policy: WeightPolicy = policy_of(policy)
-        """What it asks."""
+        self.policy: WeightPolicy = guarded(policy_of(policy), guards)
+        """What it asks; a `ddkmix.policies.Guarded` where there are guards."""
+        if isinstance(self.policy, Guarded):
+            check_guards(self.policy.guards, len(mixture.domains))
         self.interval_steps: int = interval_steps
         """Optimizer steps between two measurements."""
         self.losses: DomainLosses | None = None
@@ -211,10 +218,11 @@ class Reweighter:
 
     def _settings(self) -> dict[str, Any]:
         """What weights depend on beside losses; JSON-able."""
-        kind = type(self.policy)
-        name = f"{kind.__module__}:{kind.__qualname__}"
+        policy, guards = unguarded(self.policy), getattr(self.policy, "guards", None)
+        name = f"{type(policy).__module__}:{type(policy).__qualname__}"
         return {
-            "policy": f"{name} {self.policy!r}" if is_dataclass(self.policy) else name,
+            "policy": f"{name} {policy!r}" if is_dataclass(policy) else name,
+            "guards": guards.model_dump() if isinstance(guards, Guards) else None,
             "interval_steps": self.interval_steps,
         }
 
@@ -223,8 +231,9 @@ class Reweighter:
 
         Args:
             state: what `state_dict` gave.
-            allow_changes: go on although domains, their data, settings, the policy or the interval have
-                changed; another policy, or one of other domains, begins anew at once, with a measurement.
+            allow_changes: go on although domains, their data, settings, the policy, its guards or the
+                interval have changed; a policy that is another, or of other guards or domains, begins anew at
+                once, with a measurement.
 
         Returns:
             What has changed, one phrase each; empty when everything goes on exactly.
@@ -247,7 +256,7 @@ class Reweighter:
             )
         changes = self.mixture.load_state_dict(state["mixture"], allow_changes=allow_changes)
         same_domains = list(state["mixture"]["data"]) == list(self.mixture.domains)
-        anew = not same_domains or "policy" in changed
+        anew = not same_domains or "policy" in changed or "guards" in changed
         self.policy_state = None if anew else state["policy"]
         self._measured_at = None if anew else state["measured_at"]
         self._measure_now = anew or state["measure_now"]

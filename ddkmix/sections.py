@@ -4,7 +4,7 @@
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -121,6 +121,35 @@ class Mixture(Section):
     """What a weight is a share of: rows, or tokens without padding."""
     block_rows: PositiveInt = 8192
     """Rows are permuted inside blocks of this many; larger mixes better, smaller reads more locally."""
+
+
+class Guards(Section):
+    """What holds the weights of any policy (see `ddkmix.policies.Guarded`); `off`: they are as published."""
+
+    floor: Share | None = None
+    """Smallest share of a domain. Unset: 0.1 / N, for domains that begin above it."""
+    cap: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Largest share. Unset: (1 + 1 / N) / 2, all that DDK's alpha = 0.5 gives, for those that begin below."""
+    max_move: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Largest change of any share in one update; 1 is no limit."""
+    warmup_intervals: Count = 0
+    """Updates, from the first, that leave the shares as they began; the policy sees all losses."""
+    evidence: NonNegative = 1.0
+    """Moves are shortened by so many standard errors of the new share, which those of the gaps give it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        """YAML reads the words off and on as booleans; a Python caller may write them as words."""
+        if value is False or value == "off":
+            return {"floor": 0.0, "cap": 1.0, "evidence": 0.0}
+        return {} if value is True or value == "on" else value
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Guards":
+        if self.floor is not None and self.cap is not None and self.floor > self.cap:
+            raise ValueError(f"floor = {self.floor:g} is above cap = {self.cap:g}; lower it or raise the cap")
+        return self
 
 
 class Signal(Section):

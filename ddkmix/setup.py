@@ -17,6 +17,7 @@ from ddkmix.metrics import LossWindow
 from ddkmix.models import build_student, save_student
 from ddkmix.pack import PackedDomain
 from ddkmix.policies import WeightPolicy
+from ddkmix.policies.guards import unguarded
 from ddkmix.preflight import Prepared, check
 from ddkmix.prepare import open_mixture, open_rows
 from ddkmix.provenance import DataBlock, describe, record_data
@@ -93,7 +94,7 @@ def measure_gaps(config: RunConfig) -> tuple[DomainLosses, WeightPolicy]:
         config: the run; nothing is trained.
 
     Returns:
-        The losses, nats per token, and the policy that the config names.
+        The losses, nats per token, and the policy that the config names, without its guards.
 
     Raises:
         ConfigError: the config does not fit its domains or its models.
@@ -108,7 +109,7 @@ def measure_gaps(config: RunConfig) -> tuple[DomainLosses, WeightPolicy]:
     sums = teacher_sums(prepared, evaluator, open_teachers(prepared, accelerator.device))
     student = build_student(config.student, config.teacher, seed=config.seed).eval()
     model = accelerator.prepare_model(_distillation(prepared, student), evaluation_mode=True)
-    return evaluator.measure(token_nats(model), sums), prepared.policy
+    return evaluator.measure(token_nats(model), sums), unguarded(prepared.policy)
 
 
 def _evaluator(config: RunConfig, packed: dict[str, PackedDomain], accelerator: Any) -> Evaluator:
@@ -226,12 +227,12 @@ def _optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Optimiz
 def _restore(run: Run, state: dict[str, Any], changes: list[str], *, allow_changes: bool) -> list[str]:
     """Take up a checkpoint; returns what has changed in the stream since, beside the config's `changes`.
 
-    Other domains or another policy begin with a measurement, a policy with no memory; metrics of steps
-    that were not written yet are dropped where the domains differ.
+    Other domains, another policy or other guards begin with a measurement, a policy with no memory; metrics
+    of steps that were not written yet are dropped where the domains differ.
     """
     found = run.mixture.load_state_dict(state["mixture"], allow_changes=allow_changes)
     same_domains = list(state["mixture"]["data"]) == list(run.mixture.domains)
-    same_policy = not any(change.startswith("policy") for change in changes)
+    same_policy = not any(change.startswith(("policy", "guards")) for change in changes)
     others = _other_teachers(run, state.get("teachers", {}), allow_changes=allow_changes)
     if same_domains and same_policy:
         run.reweighter.policy_state = state["policy"]

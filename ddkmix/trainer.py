@@ -277,6 +277,7 @@ def _write_interval(run: Run, step: int, losses: DomainLosses) -> None:
         "epochs": run.mixture.epochs,
         "projected": _projection(run).capped(),
         "losses": losses.to_json(),
+        "natural": dict(zip(run.mixture.domains, run.mixture.natural_weights.tolist(), strict=True)),
         "policy": run.reweighter.policy_state,
         "planner": run.mixture.state.to_json(),  # after the change: the steps that follow replay from it
     }

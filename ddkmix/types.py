@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from ddkmix.errors import ConfigError
+from ddkmix.errors import ConfigError, DataError
 
 LN_2 = float(np.log(2.0))
 
@@ -54,6 +55,9 @@ class DomainLosses:
     """Mean KL(teacher || student) of the predictions, nats per token; None where nobody measured it."""
     rows_served: Int[np.ndarray, " N"] | None = None
     """Rows of each domain that the student has learned from so far; None where nobody counted them."""
+    effective_rows: Float[np.ndarray, " N"] | None = None
+    """Held-out rows that the means rest on: (sum n)^2 / sum n^2 of the tokens n of the rows, which is their
+    number where all are equally long. None where nobody counted."""
 
     @classmethod
     def from_means(
@@ -91,10 +95,86 @@ class DomainLosses:
             num_bytes=zeros.copy(),
         )
 
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Mapping[str, Any]]) -> "DomainLosses":
+        """The losses that `to_json` wrote, to the last bit; what was not finite comes back as nan.
+
+        Args:
+            tree: one entry per domain. What follows from other entries is not read; errors that are missing
+                are nan, counts 0, and columns that nobody measured None.
+
+        Raises:
+            DataError: it is no such tree.
+        """
+
+        def column(name: str, missing: float) -> list[float]:
+            values = [tree[domain].get(name, missing) for domain in names]
+            return [float("nan") if value is None else float(value) for value in values]
+
+        def measured(name: str) -> Float[np.ndarray, " N"] | None:
+            return np.array(column(name, np.nan)) if all(name in tree[domain] for domain in names) else None
+
+        def counts(name: str) -> Int[np.ndarray, " N"]:
+            return np.array([int(tree[domain].get(name) or 0) for domain in names], dtype=np.int64)
+
+        try:
+            names = tuple(sorted(tree))
+            served = counts("rows_served") if all("rows_served" in tree[domain] for domain in names) else None
+            losses = cls(
+                domains=names,
+                student_loss=np.array(column("student_loss", np.nan)),
+                teacher_loss=np.array(column("teacher_loss", np.nan)),
+                student_error=np.array(column("student_error", np.nan)),
+                gap_error=np.array(column("gap_error", np.nan)),
+                num_tokens=counts("num_tokens"),
+                num_bytes=counts("num_bytes"),
+                excess_loss=measured("excess_loss"),
+                forward_kl=measured("forward_kl"),
+                rows_served=served,
+                effective_rows=measured("effective_rows"),
+            )
+        except (AttributeError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{str(tree)[:200]} are no losses of domains ({error}); give what DomainLosses.to_json wrote."
+            ) from None
+        return losses
+
     @property
     def loss_gap(self) -> Float[np.ndarray, " N"]:
         """student_loss - teacher_loss, nats per token; the logarithm of `perplexity_ratio`."""
         return self.student_loss - self.teacher_loss
+
+    def gap_interval(self, share: float = 0.95) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
+        """Lower and upper end of each gap's confidence interval, nats per token.
+
+        gap_error times the quantile of Student's t with `effective_rows` - 1 degrees of freedom, which few
+        rows need; the normal quantile where nobody counted them. Over resampled held-out sets the 95 %
+        interval covers the true gap 93 to 97 % of the time: from 4 rows on, and from 64 where most of the
+        tokens lie in few of the rows (tests/test_coverage.py).
+
+        Args:
+            share: of held-out sets whose interval holds the true gap, between 0 and 1.
+
+        Raises:
+            ConfigError: it is not between 0 and 1.
+
+        >>> import numpy as np
+        >>> from dataclasses import replace
+        >>> from ddkmix import DomainLosses
+        >>> losses = DomainLosses.from_means({"code": 3.0}, {"code": 2.0})
+        >>> known = replace(losses, gap_error=np.array([0.1]), effective_rows=np.array([10.0]))
+        >>> [round(float(end[0]), 3) for end in known.gap_interval()]  # 1 - 2.262 x 0.1
+        [0.774, 1.226]
+        """
+        from scipy.special import ndtri, stdtrit
+
+        if not 0 < share < 1:
+            raise ConfigError(f"share = {share}; an interval covers a share between 0 and 1, such as 0.95.")
+        quantile = ndtri((1 + share) / 2)
+        if self.effective_rows is not None:
+            quantile = stdtrit(np.maximum(self.effective_rows - 1, np.finfo(float).tiny), (1 + share) / 2)
+        half = quantile * self.gap_error
+        return self.loss_gap - half, self.loss_gap + half
 
     @property
     def perplexity_ratio(self) -> Float[np.ndarray, " N"]:
@@ -120,8 +200,15 @@ class DomainLosses:
     def to_json(self) -> dict[str, dict[str, float | None]]:
         """One entry per domain, every number a plain Python one; None (JSON's null) if it is not finite.
 
-        Keys are the fields and properties of this class, in their units.
+        Keys are the fields and properties of this class, in their units; those that may be None only where
+        they are not. `from_json` reads it back.
         """
+        measured = {
+            "excess_loss": self.excess_loss,
+            "forward_kl": self.forward_kl,
+            "rows_served": self.rows_served,
+            "effective_rows": self.effective_rows,
+        }
         columns = {
             "student_loss": self.student_loss,
             "teacher_loss": self.teacher_loss,
@@ -133,6 +220,7 @@ class DomainLosses:
             "teacher_bits_per_byte": self.teacher_bits_per_byte,
             "num_tokens": self.num_tokens,
             "num_bytes": self.num_bytes,
+            **{name: column for name, column in measured.items() if column is not None},
         }
         return {
             domain: {

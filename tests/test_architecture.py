@@ -105,9 +105,10 @@ LAYERS = {
     "verifying": 26,
     "report": 27,
     "options": 27,
-    "cli": 28,
-    "__init__": 28,
-    "__main__": 29,
+    "replay_command": 28,
+    "cli": 29,
+    "__init__": 29,
+    "__main__": 30,
 }
 SIBLINGS: set[tuple[str, str]] = set()
 """(importer, imported) of one layer."""
@@ -245,7 +246,7 @@ def test_policies_import_no_torch_anywhere():
         names = imports_of(path.read_text())
         assert not {name.partition(".")[0] for name in names} & {"torch", "transformers", "accelerate"}
         ours = {part_of(name) for name in names} - {None}
-        assert ours <= {"config", "errors", "plugins", "policies", "types"}
+        assert ours <= {"config", "errors", "plugins", "policies", "types", "validation"}
 
 
 def heavy_modules(code, folder):

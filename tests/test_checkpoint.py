@@ -11,6 +11,7 @@ import yaml
 
 from ddkmix.checkpoint import (
     claim_run,
+    config_changes,
     find_run,
     latest_checkpoint,
     prune,
@@ -113,6 +114,24 @@ def test_resuming_with_another_config_is_refused(
     changed = parse_config({**tree, section: {**tree[section], key: value}}, where="test")
     with pytest.raises(RunError, match=rf"another run: {section}\.{key} was .* and is now {value}"):
         find_run(changed, resume=True)
+
+
+def test_a_run_from_before_there_were_guards_goes_on_without_them(tiny_config: Make) -> None:
+    """Its config has no such section, so nothing held its weights: `guards: off` goes on exactly. The default
+    of today is another run, on request."""
+    off, today = (parse_config(tiny_config(guards=on), where="test") for on in (False, True))
+    claim_run(off)
+    saved = off.run_dir / "config.yaml"
+    tree = yaml.safe_load(saved.read_text())
+    del tree["guards"]
+    saved.write_text(yaml.safe_dump(tree))
+    assert find_run(off, resume=True) is None
+    with pytest.raises(RunError, match=r"guards.floor was 0.0 and is now None\. .*add --allow-changes"):
+        find_run(today, resume=True)
+    assert find_run(today, resume=True, allow_changes=True) is None
+    assert ["guards.floor", "guards.cap", "guards.evidence"] == [
+        change.split()[0] for change in config_changes(today)
+    ]
 
 
 def test_what_changes_no_result_may_change_at_resume(tiny_config: Make) -> None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from ddkmix.config import RunConfig, dump_config, load_config, parse_config, parse_overrides
 from ddkmix.errors import ConfigError
 from ddkmix.losses import build_terms
-from ddkmix.policies import build_policy
+from ddkmix.policies import build_policy, guarded
 from ddkmix.policies.ddk import Ddk
 
 SMALLEST = {
@@ -85,6 +85,28 @@ def test_the_default_policy_is_ddk_with_alpha_one_half():
     assert Ddk(uniform_mix=0.5, signal="perplexity_ratio", first_interval="random") == policy
 
 
+@pytest.mark.parametrize(
+    "text", ["guards: off", "guards: 'off'", "guards: false", "guards: {floor: 0, cap: 1, evidence: 0}"]
+)
+def test_ddk_as_published_is_one_line(tmp_path, text):
+    """YAML reads `off` as a boolean; from a file, from an override, and back from the dumped config."""
+    path = write(tmp_path, yaml.safe_dump(SMALLEST) + text + "\n")
+    off = {"floor": 0.0, "cap": 1.0, "max_move": 1.0, "warmup_intervals": 0, "evidence": 0.0}
+    config = load_config(path)
+    assert off == config.guards.model_dump()
+    assert config.guards == parse("guards=off").guards
+    assert Ddk() == guarded(build_policy(config.policy), config.guards)
+    assert config == parse_config(dump_config(config), where="x")
+
+
+@pytest.mark.parametrize("text", ["guards=on", "guards=true", "guards={}", "guards='on'"])
+def test_guards_that_are_on_are_the_default(text):
+    """Floor and cap by the number of domains, one standard error of evidence, no other limit."""
+    assert parse().guards == parse(text).guards
+    expected = {"floor": None, "cap": None, "max_move": 1.0, "warmup_intervals": 0, "evidence": 1.0}
+    assert expected == parse().guards.model_dump()
+
+
 def test_five_keys_are_enough():
     """Only where to write, what to read, whom to learn from, what to train and for how long."""
     for key in SMALLEST:
@@ -142,6 +164,20 @@ def test_every_field_says_what_it_is():
         ("trainer.keep_checkpoints=0", "trainer.keep_checkpoints = 0 in c.yaml; input should be greater"),
         ("trainer.log_steps=0", "trainer.log_steps = 0 in c.yaml; input should be greater"),
         ("mixture.interval_steps=0", "mixture.interval_steps = 0 in c.yaml; input should be greater"),
+        (
+            "guards=maybe",
+            "guards = 'maybe' in c.yaml; input should be a valid dictionary or instance of Guards.",
+        ),
+        ("guards=null", "guards = None in c.yaml; input should be a valid dictionary or instance of Guards."),
+        ("guards.floor=1.1", "guards.floor = 1.1 in c.yaml; input should be less than or equal to 1."),
+        ("guards.cap=0", "guards.cap = 0 in c.yaml; input should be greater than 0."),
+        ("guards.max_move=0", "guards.max_move = 0 in c.yaml; input should be greater than 0."),
+        ("guards.warmup_intervals=-1", "guards.warmup_intervals = -1 in c.yaml; input should be greater"),
+        ("guards.evidence=.inf", "guards.evidence = inf in c.yaml; input should be a finite number."),
+        (
+            "guards={floor: 0.5, cap: 0.2}",
+            "guards: floor = 0.5 is above cap = 0.2; lower it or raise the cap",
+        ),
         ("mixture.max_epochs=0", "mixture.max_epochs = 0 in c.yaml; input should be greater than 0."),
         ("mixture.max_epochs=.inf", "mixture.max_epochs = inf in c.yaml; input should be a finite number."),
         (
@@ -306,6 +342,11 @@ OTHER_VALUES = {
     "pack.seq_len": 128,
     "pack.separator": "<s>",
     "pack.processes": 3,
+    "guards.floor": 0.02,
+    "guards.cap": 0.6,
+    "guards.max_move": 0.1,
+    "guards.warmup_intervals": 2,
+    "guards.evidence": 2.0,
     "mixture.interval_steps": 50,
     "mixture.max_epochs": 2.5,
     "mixture.on_cap": "stop",

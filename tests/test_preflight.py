@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from ddkmix.config import parse_config
+from ddkmix.config import Guards, parse_config
 from ddkmix.errors import ConfigError, ModelError
+from ddkmix.policies import Ddk, Guarded
+from ddkmix.policies.guards import describe
 from ddkmix.preflight import check, dummy_losses
 from tests.conftest import ConfigTree, save_tiny_model
 
@@ -51,6 +53,42 @@ def test_the_world_size_of_a_launcher_is_respected(
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match="batch_rows = 6 cannot be dealt evenly to 4 processes"):
         check(config)
+
+
+@pytest.mark.parametrize(
+    ("guards", "message"),
+    [
+        ({"floor": 0.4}, "guards.floor = 0.4 for each of 3 domains is 1.2, more than the whole mixture"),
+        ({"cap": 0.3}, "guards.cap = 0.3 for each of 3 domains is 0.9, less than the whole mixture"),
+    ],
+)
+def test_guards_that_no_mixture_keeps_are_refused_before_a_model_is_loaded(
+    tiny_config: Make, guards: object, message: str
+) -> None:
+    """The number of domains is known from the cards."""
+    with pytest.raises(ConfigError, match=message):
+        check(parse_config(tiny_config(guards=guards), where="test"))
+
+
+def test_evidence_wants_more_than_one_held_out_row(tiny_config: Make) -> None:
+    """One row has no standard error. Without evidence, and for a mixture that never moves, one is enough."""
+    single = {"evaluation": {"rows": 1}}
+    with pytest.raises(ConfigError, match=r"evaluation.rows = 1 gives no standard error of a gap") as error:
+        check(parse_config(tiny_config(**single), where="test"))
+    assert "\n" not in str(error.value)
+    check(parse_config(tiny_config(**single, guards={"evidence": 0}), where="test"))
+    check(parse_config(tiny_config(**single, policy={"name": "static"}), where="test"))
+
+
+def test_the_policy_of_a_run_is_inside_its_guards(tiny_config: Make) -> None:
+    """By default; `guards: off` is the policy itself."""
+    by_default, off = (
+        check(parse_config(tiny_config(**more), where="test")).policy for more in ({}, {"guards": False})
+    )
+    assert Guarded(policy=Ddk(), guards=Guards()) == by_default
+    assert Ddk() == off
+    assert "floor 0.03333, cap 0.6667, evidence 1 standard errors" == describe(by_default, 3)
+    assert "off" == describe(off, 3)
 
 
 def test_dummy_losses_have_equal_gaps() -> None:

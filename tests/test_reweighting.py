@@ -309,3 +309,69 @@ def test_what_cannot_measure_is_no_evaluator(evaluator: Any) -> None:
     """A dict of losses, or the class in place of an object; said at once."""
     with pytest.raises(ConfigError, match="give a GapEvaluator, or an object with measure"):
         check_evaluator(evaluator, ("code", "math"))
+
+
+# --- guards -----------------------------------------------------------------------------------------
+
+CAPPED = {"cap": 0.5, "evidence": 0.0}
+
+
+def test_guards_hold_the_weights_of_any_policy() -> None:
+    """Rotating asks for 0.9; a cap of 0.5 gives half, the others share what is left."""
+    reweighter = reweighter_of(guards=CAPPED)
+    reweighter.step("model", 0)
+    assert {"code": 0.5, "math": 0.25, "prose": 0.25} == pytest.approx(reweighter.mixture.weights)
+
+
+def test_a_guarded_run_goes_on_as_if_it_had_not_stopped() -> None:
+    """The policy's memory is in its state, inside that of the guards."""
+    guards = {"max_move": 0.1, "evidence": 0.0}
+    whole = reweighter_of(guards=guards)
+    wanted = run(whole, 8)
+    first = reweighter_of(guards=guards)
+    found = run(first, 4)
+    second = reweighter_of(guards=guards)
+    assert [] == second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert wanted == found + run(second, 8)
+    assert whole.state_dict() == second.state_dict()
+
+
+def test_other_guards_are_another_reweighter() -> None:
+    """Refused; on request begun anew with a measurement. A state from before there were guards had none."""
+    first = reweighter_of(guards=CAPPED)
+    run(first, 2)
+    state = json.loads(json.dumps(first.state_dict()))
+    with pytest.raises(DataError, match=r"guards was \{.*'cap': 0.5.*\} and is None"):
+        reweighter_of().load_state_dict(state)
+    second = reweighter_of(guards={**CAPPED, "cap": 0.6})
+    (change,) = second.load_state_dict(state, allow_changes=True)
+    assert "'cap': 0.6" in change
+    assert second.policy_state is None
+    assert second.step("model", 2) is not None
+    plain = reweighter_of()
+    run(plain, 2)
+    old = plain.state_dict()
+    del old["settings"]["guards"]
+    assert [] == reweighter_of().load_state_dict(old)
+
+
+def test_guards_that_no_mixture_keeps_are_refused_at_once() -> None:
+    """Before anything is measured."""
+    with pytest.raises(ConfigError, match=r"guards.floor = 0.4 for each of 3 domains is 1.2"):
+        reweighter_of(guards={"floor": 0.4})
+
+
+def test_a_policy_that_is_no_dataclass_is_still_known_by_its_name() -> None:
+    """No address of an object in the settings, with guards or without."""
+
+    class Plain:
+        def init(self, losses: DomainLosses, natural_weights: Any) -> dict[str, Any]:
+            return {"mixture_weights": natural_weights.tolist()}
+
+        def update(self, state: dict[str, Any], losses: DomainLosses) -> dict[str, Any]:
+            return state
+
+    for guards in (None, CAPPED):
+        one, other = (reweighter_of(policy=Plain(), guards=guards).state_dict() for _ in range(2))
+        assert one["settings"] == other["settings"]
+        assert (guards is None) == (one["settings"]["guards"] is None)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddkmix.errors import ConfigError
+from ddkmix.errors import ConfigError, DataError
 from ddkmix.types import DomainLosses, simplex_vector
 from tests.conftest import domain_losses
 
@@ -159,4 +159,87 @@ def test_means_of_different_domains_are_refused(student, reference):
     """In one line with both."""
     with pytest.raises(ConfigError, match="give one of each for the same domains") as error:
         DomainLosses.from_means(student, reference)
+    assert "\n" not in str(error.value)
+
+
+# --- back from JSON ---------------------------------------------------------------------------------
+
+COLUMNS = (
+    "student_loss", "teacher_loss", "student_error", "gap_error", "num_tokens", "num_bytes", "excess_loss",
+    "forward_kl", "rows_served", "effective_rows",
+)  # fmt: skip
+
+
+def assert_same_losses(expected: DomainLosses, actual: DomainLosses) -> None:
+    """Every column to the last bit, nan where it was nan, None where it was None."""
+    assert expected.domains == actual.domains
+    for name in COLUMNS:
+        there, here = getattr(expected, name), getattr(actual, name)
+        assert (there is None) == (here is None), name
+        if there is not None:
+            assert there.dtype == here.dtype, name
+            np.testing.assert_array_equal(there, here)
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.tuples(*[st.floats(-1e300, 1e300)] * 2, *[st.floats(0, 10) | st.just(math.nan)] * 2),
+        min_size=1,
+        max_size=5,
+    ),
+    st.integers(0, 2**53),
+    st.booleans(),
+)
+def test_losses_come_back_from_json_to_the_last_bit(rows, count, measured):
+    """Through a text of JSON, with and without what is optional."""
+    student, teacher, student_error, gap_error = (np.array(column) for column in zip(*rows, strict=True))
+    optional = {
+        "excess_loss": gap_error.copy(),
+        "forward_kl": student_error.copy(),
+        "rows_served": np.full(len(rows), count),
+        "effective_rows": np.full(len(rows), 31.7),
+    }
+    losses = DomainLosses(
+        domains=tuple("abcde"[: len(rows)]),
+        student_loss=student,
+        teacher_loss=teacher,
+        student_error=student_error,
+        gap_error=gap_error,
+        num_tokens=np.full(len(rows), count),
+        num_bytes=np.zeros(len(rows), dtype=np.int64),
+        **(optional if measured else {}),
+    )
+    assert_same_losses(losses, DomainLosses.from_json(json.loads(json.dumps(losses.to_json()))))
+
+
+def test_a_column_that_is_lost_would_be_noticed():
+    """The comparison above can fail: an optional column that nobody reads, a value in another place."""
+    losses = replace(LOSSES, rows_served=np.array([1, 2]))
+    for lost in (replace(losses, rows_served=None), replace(losses, gap_error=losses.gap_error[::-1])):
+        with pytest.raises(AssertionError):
+            assert_same_losses(losses, DomainLosses.from_json(lost.to_json()))
+
+
+def test_records_of_older_versions_are_read():
+    """Errors that nobody wrote are unknown, counts 0; columns that came later are None."""
+    losses = DomainLosses.from_json(
+        {"b": {"student_loss": 2.0, "teacher_loss": 1.0}, "a": {"student_loss": 3, "teacher_loss": None}}
+    )
+    assert ("a", "b") == losses.domains
+    assert [3.0, 2.0] == losses.student_loss.tolist()
+    assert math.isnan(losses.teacher_loss[0]) and np.isnan(losses.gap_error).all()
+    assert [0, 0] == losses.num_bytes.tolist()
+    assert losses.rows_served is None and losses.excess_loss is None
+
+
+@pytest.mark.parametrize(
+    "tree", [{"a": {"student_loss": "much"}}, {"a": {"student_loss": [1]}}, {"a": {"num_tokens": "x"}}]
+)
+def test_what_is_no_losses_is_one_line(tree):
+    """The text is shown, and what would do."""
+    with pytest.raises(
+        DataError, match=r"are no losses of domains .* give what DomainLosses.to_json wrote"
+    ) as error:
+        DomainLosses.from_json(tree)
     assert "\n" not in str(error.value)

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 
+from ddkmix.config import Guards
 from ddkmix.errors import ConfigError, did_you_mean
 from ddkmix.integrations.trainer_callback import MixtureCallback, MixtureLoader
 from ddkmix.integrations.trainer_data import taken_apart
 from ddkmix.integrations.trainer_kinds import TrainerKind, stand_in, trainer_kind
 from ddkmix.loader import DomainMixture
-from ddkmix.policies import WeightPolicy, policy_of
+from ddkmix.policies import WeightPolicy, guarded, policy_of
 from ddkmix.reweighting import MeasuresModels, Reweighter, check_evaluator
 from ddkmix.sources import MixtureOptions
 from ddkmix.types import DomainLosses
@@ -53,7 +54,7 @@ class MixtureMixin(_Base):
         evaluator: a `GapEvaluator`: it measures the model at step 0 and every `interval_steps`, and the
             weights follow. When None they stay, unless you call `trainer.reweighter.update(losses)` or
             `trainer.mixture.set_weights(weights)` in a callback of yours.
-        policy, interval_steps, on_losses: as in `Reweighter`; steps of the optimizer, nats per token.
+        policy, interval_steps, guards, on_losses: as in `Reweighter`; steps of the optimizer, nats per token.
         mixture_options: other arguments of `DomainMixture.from_datasets` for a dict of datasets, for example
             `{"weights": {...}, "max_epochs": 4}`.
         allow_changes: resume although domains, their data, settings or the policy have changed since the
@@ -78,6 +79,7 @@ class MixtureMixin(_Base):
         evaluator: MeasuresModels | None = None,
         policy: str | Mapping[str, Any] | WeightPolicy = "ddk",
         interval_steps: int = 1000,
+        guards: Guards | Mapping[str, Any] | bool | None = None,
         on_losses: Callable[[int, DomainLosses, Mapping[str, float]], None] = lambda *_: None,
         mixture_options: Mapping[str, Any] | None = None,
         allow_changes: bool = False,
@@ -85,7 +87,7 @@ class MixtureMixin(_Base):
     ) -> None:
         if getattr(kwargs.get("args"), "packing", False):  # before hours of tokenising
             raise ConfigError(_PACKING)
-        policy = policy_of(policy)
+        policy = guarded(policy_of(policy), guards)
         for name in mixture_options or {}:
             if name not in (known := [*MixtureOptions.__annotations__, "num_tokens"]):
                 raise ConfigError(f"mixture_options has no {name!r}; {did_you_mean(name, known)}")

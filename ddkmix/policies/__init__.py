@@ -8,15 +8,17 @@ Axis letter: N domains, in the order of `ddkmix.DomainLosses.domains`.
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from ddkmix.config import Named
+from ddkmix.config import Guards, Named
 from ddkmix.errors import ConfigError, NumericsError
 from ddkmix.plugins import build
 from ddkmix.policies.ddk import Ddk
+from ddkmix.policies.guards import Guarded, guarded
+from ddkmix.policies.protocol import PolicyState, WeightPolicy, checked_weights
 from ddkmix.policies.static import Static
 from ddkmix.policies.update import exponentiated_update
 from ddkmix.types import DomainLosses, simplex_vector
@@ -24,40 +26,14 @@ from ddkmix.types import DomainLosses, simplex_vector
 __all__ = [
     "POLICIES",
     "Ddk",
+    "Guarded",
     "PolicyState",
     "Static",
     "WeightPolicy",
     "exponentiated_update",
+    "guarded",
     "reweight",
 ]
-
-PolicyState = dict[str, Any]
-"""What a policy remembers between intervals: JSON-able, with `mixture_weights`, a list of N shares that sum
-to 1. Every other key is the policy's own."""
-
-
-@runtime_checkable
-class WeightPolicy(Protocol):
-    """What a policy must offer: two pure functions."""
-
-    def init(self, losses: DomainLosses, natural_weights: Float[np.ndarray, " N"]) -> PolicyState:
-        """The state before the first step.
-
-        Args:
-            losses: those of the untrained student, nats per token.
-            natural_weights: shares of the corpus as it is; sum to 1.
-        """
-        ...
-
-    def update(self, state: PolicyState, losses: DomainLosses) -> PolicyState:
-        """The state for the next interval.
-
-        Args:
-            state: what `init` or the last `update` gave.
-            losses: those at the end of the last interval, nats per token.
-        """
-        ...
-
 
 POLICIES: dict[str, type] = {"ddk": Ddk, "static": Static}
 """The policies that a config can name; see `Ddk` and `Static`."""
@@ -99,6 +75,7 @@ def reweight(
     losses: DomainLosses,
     state: PolicyState | None = None,
     natural_weights: Mapping[str, float] | None = None,
+    guards: Guards | Mapping[str, Any] | bool | None = None,
 ) -> tuple[dict[str, float], PolicyState]:
     """One update of a policy as a plain function: losses in, mixture weights out.
 
@@ -108,12 +85,14 @@ def reweight(
         state: what the last call returned; None the first time.
         natural_weights: shares of the domains in the corpus, for policies that start from them; uniform when
             None.
+        guards: what holds the weights, as a config has it ({"cap": 0.4, "evidence": 0.0}; True for a config's
+            defaults); None holds nothing. The same at every call.
 
     Returns:
         Mixture weights by domain, and the JSON-able state for the next call.
 
     Raises:
-        ConfigError: the policy or its weights are wrong.
+        ConfigError: the policy, its weights or the guards are wrong.
         NumericsError: a loss is not finite.
 
     >>> from ddkmix import DomainLosses, reweight
@@ -129,7 +108,7 @@ def reweight(
         vector = np.full(len(losses.domains), 1 / len(losses.domains))
     else:
         vector = simplex_vector(natural_weights, losses.domains, where="natural_weights")
-    state = next_state(policy_of(policy), state, losses, vector)
+    state = next_state(guarded(policy_of(policy), guards), state, losses, vector)
     return dict(weights_of(state, losses)), state
 
 
@@ -156,23 +135,7 @@ def next_state(
                 "optimizer.lr or look at the rows of these domains."
             )
     new = policy.init(losses, natural_weights) if state is None else policy.update(state, losses)
-    try:
-        weights = np.asarray(new["mixture_weights"], dtype=np.float64)
-    except (TypeError, ValueError, KeyError, IndexError):
-        raise ConfigError(
-            f"policy {type(policy).__name__} gave the state {str(new)[:200]}; it must be a dict whose "
-            "'mixture_weights' is a list with one number for each domain, in the order of losses.domains."
-        ) from None
-    if (
-        weights.shape != (len(losses.domains),)
-        or not np.isfinite(weights).all()
-        or (weights < 0).any()
-        or abs(weights.sum() - 1) > 1e-9
-    ):
-        raise ConfigError(
-            f"policy {type(policy).__name__} gave mixture weights {weights.tolist()}; they must be "
-            f"{len(losses.domains)} numbers >= 0 that sum to 1."
-        )
+    checked_weights(policy, new, losses)
     return new
 
 

@@ -1,7 +1,7 @@
 """A mixture that never moves: the baseline that every dynamic one must beat."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -23,6 +23,8 @@ class Static:
     {'mixture_weights': [0.75, 0.25]}
     """
 
+    fixed: ClassVar[bool] = True
+    """Guards that nobody has set do not bound it: it is the mixture that somebody asked for."""
     weights: Literal["uniform", "natural"] | dict[str, float] = "uniform"
     """`uniform`: 1/N each. `natural`: by rows available (or the cards' priors). Or one number per domain."""
 

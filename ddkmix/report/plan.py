@@ -12,6 +12,8 @@ from ddkmix.hub import parameter_counts, read_model_config
 from ddkmix.loader import DomainMixture
 from ddkmix.pack import PackedDomain
 from ddkmix.planner import PlannerState, PlanSettings
+from ddkmix.policies import build_policy
+from ddkmix.policies.guards import describe, guarded
 from ddkmix.projection import Projection, cap_warning, end_warning, project
 from ddkmix.provenance import read_blocks
 from ddkmix.report.gaps import Format, render_markdown, render_table
@@ -60,6 +62,7 @@ def render_plan(
         trains = [packed[name].train for name in mixture.domains]
         sizes = [train.num_tokens / train.num_rows for train in trains]
     projection = project(mixture.settings, mixture.state, steps, sizes)
+    policy = guarded(build_policy(config.policy), config.guards)
     domains = _domains(mixture.settings, mixture.state, projection)
     for name, row in domains.items():
         row["weight"] = weights[name]
@@ -73,6 +76,8 @@ def render_plan(
         "end_step": projection.end_step,
         "tokens": steps * per_step,
         "weight_updates": updates,
+        "policy": config.policy.name,
+        "guards": describe(policy, len(domains)),
         "domains": domains,
         "warnings": _warnings(mixture.settings, projection, steps),
         "memory": _memory(config),
@@ -83,7 +88,8 @@ def render_plan(
         f"interval ({config.mixture.interval_steps:,} steps each)."
     )
     title = "under the weights of the first interval"
-    return _render(tree, style, title, _START, [sizes_line], [str(tree["memory"])])
+    policy_line = f"policy {tree['policy']}, guards: {tree['guards']}."
+    return _render(tree, style, title, _START, [sizes_line, policy_line], [str(tree["memory"])])
 
 
 def render_run_plan(run_dir: Path, style: Format = "table") -> str:
