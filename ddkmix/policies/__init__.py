@@ -17,6 +17,7 @@ from ddkmix.config import Named
 from ddkmix.errors import ConfigError, NumericsError
 from ddkmix.plugins import build
 from ddkmix.policies.ddk import Ddk
+from ddkmix.policies.marginal_gain import MarginalGain
 from ddkmix.policies.static import Static
 from ddkmix.policies.update import exponentiated_update
 from ddkmix.types import DomainLosses, simplex_vector
@@ -24,6 +25,7 @@ from ddkmix.types import DomainLosses, simplex_vector
 __all__ = [
     "POLICIES",
     "Ddk",
+    "MarginalGain",
     "PolicyState",
     "Static",
     "WeightPolicy",
@@ -59,8 +61,8 @@ class WeightPolicy(Protocol):
         ...
 
 
-POLICIES: dict[str, type] = {"ddk": Ddk, "static": Static}
-"""The policies that a config can name; see `Ddk` and `Static`."""
+POLICIES: dict[str, type] = {"ddk": Ddk, "marginal_gain": MarginalGain, "static": Static}
+"""The policies that a config can name; see `Ddk`, `MarginalGain` and `Static`."""
 
 
 def build_policy(spec: Named) -> WeightPolicy:
