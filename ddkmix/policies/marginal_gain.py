@@ -22,7 +22,7 @@ _UNKNOWN_ERROR = 0.02
 """Standard error where nobody measured one, as a share of the first gap."""
 _HOPELESS = 0.005
 """A gap that all the rows ahead would hardly bring down by this share of it gets no more than the floor."""
-_STEPS = np.concatenate([[0.0], 2.0 ** np.arange(-7, 1)])
+_STEPS = np.array([0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128]) / 128
 """Shares of the rows ahead at which curves are looked at; straight lines between."""
 
 
@@ -128,10 +128,11 @@ def fill(laws: GapLaws, ahead: float, power: float, floor: float) -> Float[np.nd
     log_gain = (power - 1) * np.log(np.maximum(gap, 1e-9)) + np.log(np.maximum(slope, 1e-300))
     log_gain = np.minimum.accumulate(log_gain)[:, ~hopeless]
     low, high = log_gain.min() - 1.0, log_gain.max() + 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _demand(log_gain, extra, middle).sum() > free else (low, middle)
-    more, less = _demand(log_gain, extra, low), _demand(log_gain, extra, high)
+    for _ in range(8):  # 16^8 parts of the range
+        levels = np.linspace(low, high, 17)
+        enough = int((_demand(log_gain, extra, levels).sum(axis=1) > free)[:-1].sum())
+        low, high = levels[max(enough - 1, 0)], levels[max(enough, 1)]
+    more, less = _demand(log_gain, extra, np.array([low, high]))
     # between the two lie domains of one constant gain: they share what is left
     part = (free - less.sum()) / max(more.sum() - less.sum(), 1e-300)
     evenly[~hopeless] += less + min(part, 1.0) * (more - less)
@@ -139,14 +140,14 @@ def fill(laws: GapLaws, ahead: float, power: float, floor: float) -> Float[np.nd
 
 
 def _demand(
-    log_gain: Float[np.ndarray, "J N"], extra: Float[np.ndarray, " J"], level: float
-) -> Float[np.ndarray, " N"]:
-    """Rows after which the log gain of each domain has come down to a level."""
-    above = (log_gain > level).sum(axis=0)
+    log_gain: Float[np.ndarray, "J N"], extra: Float[np.ndarray, " J"], levels: Float[np.ndarray, " L"]
+) -> Float[np.ndarray, "L N"]:
+    """Rows after which the log gain of each domain has come down to each level."""
+    above = (log_gain > levels[:, None, None]).sum(axis=1)
     left = np.clip(above - 1, 0, len(extra) - 2)
     column = np.arange(log_gain.shape[1])
     high, low = log_gain[left, column], log_gain[left + 1, column]
-    part = np.clip((high - level) / np.maximum(high - low, 1e-300), 0.0, 1.0)
+    part = np.clip((high - levels[:, None]) / np.maximum(high - low, 1e-300), 0.0, 1.0)
     inside = extra[left] + part * (extra[left + 1] - extra[left])
     return np.where(above == 0, 0.0, np.where(above == len(extra), extra[-1], inside))
 

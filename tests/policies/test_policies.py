@@ -11,6 +11,7 @@ from ddkmix.config import Named
 from ddkmix.errors import ConfigError, NumericsError
 from ddkmix.policies import POLICIES, build_policy, next_state, policy_of, reweight, weights_of
 from ddkmix.policies.ddk import Ddk
+from ddkmix.policies.marginal_gain import MarginalGain
 from ddkmix.policies.static import Static
 from tests.conftest import domain_losses
 
@@ -50,7 +51,7 @@ class Says:
 
 def test_the_table_names_every_policy():
     """A policy of the package is one line of a literal dict."""
-    assert {"ddk": Ddk, "static": Static} == POLICIES
+    assert {"ddk": Ddk, "marginal_gain": MarginalGain, "static": Static} == POLICIES
 
 
 @pytest.mark.parametrize("name", POLICIES)
