@@ -12,7 +12,7 @@ half of every domain's prior over shapes is the average of what all domains beli
 
 Everything is relative to the rows served so far and to the first gaps; units of rows do not matter.
 
-Axis letters: T measurements, N domains, M values of m, C shapes for each, J numbers of rows.
+Axis letters: T measurements, N domains, M values of m, C shapes for each, S of all those, J numbers of rows.
 """
 
 from dataclasses import dataclass
@@ -22,25 +22,27 @@ from jaxtyping import Float
 from scipy.special import logsumexp
 
 _SHARING = np.array([0.0, 0.03, 0.12, 0.4])
-_SCALES = 2.0 ** np.arange(-7, 6, 2)
-_EXPONENTS = np.array([0.15, 0.3, 0.6, 1.2, 2.4])
+_SCALES = 2.0 ** np.arange(-7, 7)
+_EXPONENTS = np.array([0.15, 0.25, 0.4, 0.6, 0.9, 1.4, 2.4])
 _SCALE, _EXPONENT = (grid.ravel() for grid in np.meshgrid(_SCALES, _EXPONENTS, indexing="ij"))
 _NEVER = 0.1
 """Prior probability that a gap does not fall."""
 _SHARE_MEAN, _SHARE_SPREAD = 0.6, 0.4
 """Prior of A / S, the share of the first gap that rows can remove."""
+_IMPROBABLE = 1e-7
+"""Shapes that no domain believes in more than this are left out of predictions."""
 _BELIEF_IN_ERRORS = 4.0
 """Measurements' worth of belief in the standard errors as given, against the scatter about the best law."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GapLaws:
-    """The posterior over curves of every domain; M x (C + 1) shapes, the last of each m never falls."""
+    """The posterior over curves of every domain: those of the S shapes that somebody believes in."""
 
     rows: Float[np.ndarray, " N"]
     """Rows of each domain so far."""
     sharing: Float[np.ndarray, " S"]
-    """m of every shape; S = M (C + 1)."""
+    """m of every shape."""
     scale: Float[np.ndarray, " S"]
     exponent: Float[np.ndarray, " S"]
     probability: Float[np.ndarray, "S N"]
@@ -68,12 +70,14 @@ class GapLaws:
         bend = np.log1p(((self.rows + more)[:, None] + m * others[:, None]) / k)  # J S N
         rest = np.exp(-b * bend)
         gap = self.level - self.fall * (1 - rest)
-        per_fall = (1 - m) * b / k * rest * np.exp(-bend)
+        per_fall = b / k * rest * np.exp(-bend)
         slope = self.fall * per_fall
         mean = np.einsum("sn,jsn->jn", self.probability, slope)
         square = np.einsum("sn,jsn->jn", self.probability, slope**2 + (self.fall_error * per_fall) ** 2)
         spread = np.sqrt(np.maximum(square - mean**2, 0.0))
-        return np.einsum("sn,jsn->jn", self.probability, gap), mean, spread
+        # what m leaves of a slope is the same share for all domains: no reason to doubt their differences
+        own = ((1 - m) * self.probability).sum(axis=0)
+        return np.einsum("sn,jsn->jn", self.probability, gap), own * mean, own * spread
 
 
 def fit_gap_laws(
@@ -108,15 +112,17 @@ def fit_gap_laws(
         len(gaps),
     )
     fall = share * largest
+    probability = _posterior(evidence)
+    kept = probability.max(axis=2) > _IMPROBABLE  # M C
     return GapLaws(
         rows=rows[-1],
-        sharing=np.repeat(_SHARING, scale.shape[1]),
-        scale=scale.ravel(),
-        exponent=np.tile(exponent, len(_SHARING)),
-        probability=_posterior(evidence).reshape(scale.size, -1),
-        level=(mean_gap + fall * mean_learned).reshape(scale.size, -1),
-        fall=fall.reshape(scale.size, -1),
-        fall_error=(share_error * largest).reshape(scale.size, -1),
+        sharing=np.broadcast_to(_SHARING[:, None], kept.shape)[kept],
+        scale=scale[kept],
+        exponent=np.broadcast_to(exponent, kept.shape)[kept],
+        probability=probability[kept] / probability[kept].sum(axis=0),
+        level=(mean_gap + fall * mean_learned)[kept],
+        fall=fall[kept],
+        fall_error=(share_error * largest)[kept],
     )
 
 

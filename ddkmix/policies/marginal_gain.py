@@ -16,8 +16,8 @@ from ddkmix.types import DomainLosses
 
 _WORST = 32.0
 """The exponent that stands for the worst gap: the power mean is within N^(1/32) of the maximum."""
-_LAW_ERROR = 0.005
-"""What no law of this form describes, as a share of the first gap; also keeps errors above 0."""
+_LAW_ERROR, _LAW_ERROR_BEFORE = 0.003, 0.01
+"""What no law of this form describes, as a share of the first gap: now, and each factor e of rows before."""
 _UNKNOWN_ERROR = 0.02
 """Standard error where nobody measured one, as a share of the first gap."""
 _HOPELESS = 0.005
@@ -37,7 +37,7 @@ class MarginalGain:
     """Share of the rows that is always spread evenly, so that no domain is forgotten or unobserved."""
     lookahead: Annotated[float, Field(gt=0)] = 0.25
     """Rows that are planned at once, as a share of the rows served so far; at least those of an interval."""
-    memory: Annotated[int, Field(ge=4)] = 24
+    memory: Annotated[int, Field(ge=4)] = 16
     """Measurements that are kept; older ones are merged in pairs."""
 
     def init(self, losses: DomainLosses, natural_weights: Float[np.ndarray, " N"]) -> dict[str, Any]:
@@ -83,9 +83,7 @@ class MarginalGain:
         weights, confidence = np.full(len(rows), 1 / len(rows)), 0.0
         if total > 0:
             ahead = max(total - sum(state["rows"][-1]), self.lookahead * total)
-            gaps, errors = np.array(history["gaps"]), np.array(history["errors"])
-            rough = np.maximum(_LAW_ERROR * np.abs(gaps[0]), 1e-9)
-            laws = fit_gap_laws(np.array(history["rows"]), gaps, np.hypot(errors, rough))
+            laws = fit_gap_laws(*_evidence(history))
             power = self.power
             plan = fill(laws, ahead, power, self.floor)
             confidence = trust(laws, plan, power)
@@ -103,6 +101,20 @@ class MarginalGain:
         if self.objective == "mean":
             return 1.0
         return _WORST if self.objective == "worst" else min(float(self.objective), _WORST)
+
+
+def _evidence(
+    history: dict[str, Any],
+) -> tuple[Float[np.ndarray, "T N"], Float[np.ndarray, "T N"], Float[np.ndarray, "T N"]]:
+    """Rows, gaps and their errors: those of the measurement, and those of the law, which grow into the past.
+
+    What counts is the slope now; a law that is wrong about the beginning must not bend it.
+    """
+    rows, gaps, errors = (np.array(history[name]) for name in ("rows", "gaps", "errors"))
+    total = rows.sum(axis=1, keepdims=True)
+    ago = np.log(total[-1] / (total + 0.02 * total[-1]) * 1.02)
+    rough = np.abs(gaps[0]) * (_LAW_ERROR + _LAW_ERROR_BEFORE * np.maximum(ago, 0.0))
+    return rows, gaps, np.hypot(errors, np.maximum(rough, 1e-9))
 
 
 def fill(laws: GapLaws, ahead: float, power: float, floor: float) -> Float[np.ndarray, " N"]:

@@ -185,7 +185,9 @@ def test_an_update_is_fit_fill_and_trust():
     first = replace(domain_losses([3.0, 2.0]), rows_served=np.array([50, 70]))
     second = replace(domain_losses([1.5, 1.9]), rows_served=np.array([550, 570]))
     state = policy.update(policy.init(first, np.array([0.5, 0.5])), second)
-    gaps, errors = np.array([[3.0, 2.0], [1.5, 1.9]]), np.hypot(0.01, 0.005 * np.array([[3.0, 2.0]] * 2))
+    gaps = np.array([[3.0, 2.0], [1.5, 1.9]])
+    ago = np.array([[math.log(1.02 / 0.02)], [0.0]])  # the law is less sure of what was long ago
+    errors = np.hypot(0.01, gaps[0] * (0.003 + 0.01 * ago))
     laws = fit_gap_laws(np.array([[0.0, 0.0], [500.0, 500.0]]), gaps, errors)
     plan = fill(laws, 1000.0, 4.0, policy.floor)
     share = trust(laws, plan, 4.0)

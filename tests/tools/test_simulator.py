@@ -118,12 +118,8 @@ def test_kinds_are_what_they_say():
     drawn = {kind: [draw_world(seed, kind) for seed in range(20)] for kind in KINDS}
     assert all((w.start > w.floor).all() for w in drawn["learnable"])
     assert all(0 < (w.start == w.floor).sum() <= max(1, w.count // 3) for w in drawn["unlearnable"])
-    assert (
-        min(w.gap_error.min() for w in drawn["noisy"])
-        > 0.03
-        > 0.029
-        > max(w.gap_error.max() for w in drawn["learnable"])
-    )
+    assert min(w.gap_error.min() for w in drawn["noisy"]) > 0.03
+    assert max(w.gap_error.max() for w in drawn["learnable"]) < 0.03
     passes = [np.sort(w.budget / w.count / w.unique)[-max(1, w.count // 2) :] for w in drawn["tiny"]]
     assert all(((10 <= p) & (p <= 100)).all() for p in passes)
     assert all((w.transfer != 0).sum() > w.count for w in drawn["transferring"])
