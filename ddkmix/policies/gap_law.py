@@ -5,10 +5,11 @@ For one shape c = (sharing m, scale k, exponent b) of the law
     E_i(t) = n_i(t) + m (n(t) - n_i(t))            rows of domain i, and a share m of everybody else's
     g_i    = G_i - A_i h(E_i),   h(E) = 1 - (1 + E / k)^(-b),   0 <= A_i <= S_i
 
-level G and fall A are a linear regression; S_i is the first gap. So nothing is searched for and nothing can
-fail to converge: every shape of a fixed grid is fitted in closed form, and predictions are averages over the
-shapes with their posterior probabilities. One shape does not fall at all. Domains lend each other evidence:
-half of every domain's prior over shapes is the average of what all domains believe, and m is one for all.
+level G and fall A are a linear regression; S_i is the first gap, or twice the largest change where the first
+gap is not above 0. So nothing is searched for and nothing can fail to converge: every shape of a fixed grid is
+fitted in closed form, and predictions are averages over the shapes with their posterior probabilities. One
+shape does not fall at all. Domains lend each other evidence: half of every domain's prior over shapes is the
+average of what all domains believe, and m is one for all.
 
 Everything is relative to the rows served so far and to the first gaps; units of rows do not matter.
 
@@ -98,7 +99,8 @@ def fit_gap_laws(
     taught = rows + _SHARING[:, None, None] * (rows.sum(axis=1, keepdims=True) - rows)  # M T N
     bend = np.log1p(taught[:, None] / scale[:, :, None, None])
     learned = -np.expm1(-exponent[:, None, None] * bend)  # h: M C T N
-    largest = np.maximum(np.maximum(gaps[0], np.ptp(gaps, axis=0)), 1e-9)  # S
+    fallen = np.ptp(gaps, axis=0)
+    largest = np.where(gaps[0] > 0, np.maximum(gaps[0], fallen), 2 * fallen).clip(1e-9)  # S
     weight = 1 / errors**2
     weight_sum = weight.sum(axis=0)
     mean_gap = (weight * gaps).sum(axis=0) / weight_sum
