@@ -5,11 +5,11 @@ For one shape c = (sharing m, scale k, exponent b) of the law
     E_i(t) = n_i(t) + m (n(t) - n_i(t))            rows of domain i, and a share m of everybody else's
     g_i    = G_i - A_i h(E_i),   h(E) = 1 - (1 + E / k)^(-b),   0 <= A_i <= S_i
 
-level G and fall A are a linear regression; S_i is the first gap, or twice the largest change where the first
-gap is not above 0. So nothing is searched for and nothing can fail to converge: every shape of a fixed grid is
-fitted in closed form, and predictions are averages over the shapes with their posterior probabilities. One
-shape does not fall at all. Domains lend each other evidence: half of every domain's prior over shapes is the
-average of what all domains believe, and m is one for all.
+level G and fall A are a linear regression; S_i is the first gap, or twice the largest change where the
+first gap is not above 0. Nothing is searched for and nothing can fail to converge: every shape of a fixed
+grid is fitted in closed form, and predictions are averages over the shapes with their probabilities. One shape
+does not fall at all. Domains lend each other evidence: half of every domain's prior over shapes is the average
+of what all domains believe, and m is one for all.
 
 Everything is relative to the rows served so far and to the first gaps; units of rows do not matter.
 

@@ -28,7 +28,32 @@ _STEPS = np.array([0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128]) / 128
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MarginalGain:
-    """Water-filling on the marginal gain of a stated objective, from learning curves fitted online."""
+    """Water-filling on the marginal gain of a stated objective, from learning curves fitted online.
+
+        F       = (1/N sum_i g_i^p)^(1/p)                            the objective, over the gaps g_i
+        g_i(n)  = G_i - A_i (1 - (1 + n / k_i)^(-b_i))               fitted to what was measured so far
+        x       = argmin sum_i g_i(n_i + x_i)^p,  sum_i x_i = X,  x_i >= floor X / N
+        w       = c x / X + (1 - c) / N,   c = gain^2 / (gain^2 + variance of the gain)
+
+    At the minimum one more row lowers F alike in every domain above the floor: rows go where the objective
+    falls fastest for each of them, and not where the gap is merely large. Where the fit is poor c is small
+    and the mixture uniform; so is the first interval. Ours; the page beside the source has the details.
+
+    Of two gaps the first does not fall: after two intervals it gets less than half.
+
+    >>> import numpy as np
+    >>> from ddkmix import DomainLosses
+    >>> from ddkmix.policies import MarginalGain
+    >>> policy = MarginalGain(objective="mean")
+    >>> at = [DomainLosses.from_means({"noise": 5.0, "prose": gap}) for gap in (3.0, 2.4, 2.1)]
+    >>> state = policy.init(at[0], natural_weights=np.array([0.5, 0.5]))
+    >>> state["mixture_weights"]
+    [0.5, 0.5]
+    >>> for losses in at[1:]:
+    ...     state = policy.update(state, losses)
+    >>> [round(share, 1) for share in state["mixture_weights"]]
+    [0.2, 0.8]
+    """
 
     objective: Literal["mean", "worst"] | Annotated[float, Field(ge=1)] = "mean"
     """What is to be small at the end: the `mean` gap, the `worst` gap, or the power mean of the gaps with
