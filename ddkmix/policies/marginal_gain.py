@@ -158,7 +158,7 @@ def fill(laws: GapLaws, ahead: float, power: float, floor: float) -> Float[np.nd
     evenly = np.full(count, floor * ahead / count)
     extra = free * _STEPS
     gap, slope, error = laws.predict(evenly + extra[:, None], ahead)
-    most = gap[0] - gap[-1] + error[0] * free
+    most = gap[0] - gap[-1] + error * free
     hopeless = most <= _HOPELESS * np.maximum(gap[0], 0.0)
     if hopeless.all() or free <= 0:
         return np.full(count, ahead / count)
@@ -199,14 +199,14 @@ def trust(laws: GapLaws, plan: Float[np.ndarray, " N"], power: float) -> float:
     """
     ahead = plan.sum()
     evenly = np.full(len(plan), ahead / len(plan))
-    gaps, _, errors = laws.predict(np.stack([evenly, plan]), ahead)
+    gaps, _, error = laws.predict(np.stack([evenly, plan]), ahead)
     if power > 1:
         gaps = np.maximum(gaps, 1e-9)
     top = np.abs(gaps).max()
     means = top * np.mean((gaps / top) ** power, axis=1) ** (1 / power) if power > 1 else gaps.mean(axis=1)
     gain = means[0] - means[1]
     pull = (gaps[0] / means[0]) ** (power - 1) / len(plan)
-    variance = ((pull * errors[0] * (plan - evenly)) ** 2).sum()
+    variance = ((pull * error * (plan - evenly)) ** 2).sum()
     return float(gain**2 / (gain**2 + variance)) if gain > 0 else 0.0
 
 

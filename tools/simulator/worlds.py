@@ -2,10 +2,12 @@
 
     D_j = min(n_j, U_j) + U_j R (1 - exp(-max(n_j / U_j - 1, 0) / R))     distinct rows' worth of n_j rows
     E_i = sum_j M_ij D_j,  M_ii = 1                                       what domain i has been taught
-    g_i = floor_i + (start_i - floor_i) (1 + E_i / scale_i)^(-exponent_i)
+    g_i = floor_i + (start_i - floor_i) (1 + E_i / scale_i)^(-exponent_i)     or, in `foreign` worlds,
+    g_i = floor_i + (start_i - floor_i) exp(1 - (1 + E_i / scale_i)^exponent_i)
 
 The first line is the data-constrained scaling law (Muennighoff et al., arXiv 2305.16264, with their fitted
-R = 15.39): repeated rows lose their value exponentially. Gaps depend on the rows served alone, not on their
+R = 15.39): repeated rows lose their value exponentially. The last is no power law: a policy that fits one is
+wrong there. Gaps depend on the rows served alone, not on their
 order, so the best allocation is a fixed mixture; and g is convex in the rows, so it can be found for certain.
 
 A world is a pure function of its seed. Its noise is drawn beforehand: all policies see the same.
@@ -22,7 +24,7 @@ from ddkmix.types import DomainLosses
 
 REPEAT_DECAY = 15.39
 """R of the data-constrained law: passes over the data after which a row is worth 1/e of a new one."""
-KINDS = ("learnable", "unlearnable", "noisy", "tiny", "transferring", "mixed")
+KINDS = ("learnable", "unlearnable", "noisy", "tiny", "transferring", "foreign", "mixed")
 TEACHER_LOSS = 2.0
 """Nats per token, in every domain: policies may look at the gap only through losses."""
 TOKEN_SPREAD = 1.5
@@ -46,6 +48,8 @@ class World:
     exponent: Float[np.ndarray, " N"]
     unique: Float[np.ndarray, " N"]
     """Rows that exist."""
+    foreign: bool
+    """Whether gaps fall by the second form of the law."""
     transfer: Float[np.ndarray, "N N"]
     """[i, j]: rows of domain i that one row of domain j is worth."""
     gap_error: Float[np.ndarray, " N"]
@@ -76,14 +80,19 @@ class World:
     def gaps(self, rows: Float[np.ndarray, "*P N"]) -> Float[np.ndarray, "*P N"]:
         """True gaps after these rows of each domain, nats per token."""
         taught = self.distinct(rows) @ self.transfer.T
-        return self.floor + (self.start - self.floor) * (1 + taught / self.scale) ** -self.exponent
+        return self.floor + (self.start - self.floor) * self._left(1 + taught / self.scale)
+
+    def _left(self, bend: Float[np.ndarray, "*P N"]) -> Float[np.ndarray, "*P N"]:
+        """Share of what can be removed that is still there."""
+        return np.exp(1 - bend**self.exponent) if self.foreign else bend**-self.exponent
 
     def slopes(self, rows: Float[np.ndarray, " N"]) -> Float[np.ndarray, "N N"]:
         """[i, j]: how the gap of domain i changes with one more row of domain j; <= 0."""
         repeats = np.maximum(rows / self.unique - 1, 0)
         worth = np.exp(-repeats / REPEAT_DECAY)
         bend = 1 + (self.transfer @ self.distinct(rows)) / self.scale
-        fall = -(self.start - self.floor) * self.exponent / self.scale * bend ** (-self.exponent - 1)
+        rate = self.exponent / self.scale * self._left(bend) / bend
+        fall = -(self.start - self.floor) * (rate * bend**self.exponent if self.foreign else rate)
         return fall[:, None] * self.transfer * worth
 
     def losses(self, rows: Float[np.ndarray, " N"], evaluation: int) -> DomainLosses:
@@ -115,7 +124,7 @@ def _normal_cdf(z: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
 
 
 def draw_world(seed: int, kind: str | None = None) -> World:
-    """The world of a seed. Kinds take turns, so that 200 seeds hold 33 or 34 of each.
+    """The world of a seed. Kinds take turns, so that 200 seeds hold 28 or 29 of each.
 
     Everything is drawn learnable, then the kind changes some of it. Scales and sizes are relative to the rows
     that each domain would be served by a uniform mixture.
@@ -146,6 +155,7 @@ def draw_world(seed: int, kind: str | None = None) -> World:
         intervals=intervals,
         rows_per_interval=rows_per_interval,
         noise=noise,
+        foreign=kind == "foreign",
         **traits,
     )
 
