@@ -110,7 +110,7 @@ class MarginalGain:
             ahead = max(total - sum(state["rows"][-1]), self.lookahead * total)
             laws = fit_gap_laws(*_evidence(history))
             power = self.power
-            plan = fill(laws, ahead, power, self.floor)
+            plan = fill(laws, ahead, power, self.floor, np.array(history["errors"][-1]))
             confidence = trust(laws, plan, power)
             weights = confidence * plan / ahead + (1 - confidence) * weights
         return {
@@ -142,7 +142,9 @@ def _evidence(
     return rows, gaps, np.hypot(errors, np.maximum(rough, 1e-9))
 
 
-def fill(laws: GapLaws, ahead: float, power: float, floor: float) -> Float[np.ndarray, " N"]:
+def fill(
+    laws: GapLaws, ahead: float, power: float, floor: float, errors: Float[np.ndarray, " N"] | float = 0.0
+) -> Float[np.ndarray, " N"]:
     """Rows for each domain such that one more row lowers the objective equally wherever it goes.
 
     Minimises sum_i g_i(x_i)^power over sum_i x_i = ahead, x_i >= floor ahead / N. The multiplier of the sum
@@ -153,6 +155,7 @@ def fill(laws: GapLaws, ahead: float, power: float, floor: float) -> Float[np.nd
         ahead: rows to spread, in the unit of the laws.
         power: exponent of the objective.
         floor: share of the rows that is spread evenly.
+        errors: standard errors of the gaps as such, which no further measurement on the same rows removes.
     """
     count, free = len(laws.rows), (1 - floor) * ahead
     evenly = np.full(count, floor * ahead / count)
@@ -162,7 +165,7 @@ def fill(laws: GapLaws, ahead: float, power: float, floor: float) -> Float[np.nd
     hopeless = most <= _HOPELESS * np.maximum(gap[0], 0.0)
     if hopeless.all() or free <= 0:
         return np.full(count, ahead / count)
-    log_gain = (power - 1) * np.log(np.maximum(gap, 1e-9)) + np.log(np.maximum(slope, 1e-300))
+    log_gain = _log_weight(gap, errors, power - 1) + np.log(np.maximum(slope, 1e-300))
     log_gain = np.minimum.accumulate(log_gain)[:, ~hopeless]
     low, high = log_gain.min() - 1.0, log_gain.max() + 1.0
     for _ in range(8):  # 16^8 parts of the range
@@ -174,6 +177,18 @@ def fill(laws: GapLaws, ahead: float, power: float, floor: float) -> Float[np.nd
     part = (free - less.sum()) / max(more.sum() - less.sum(), 1e-300)
     evenly[~hopeless] += less + min(part, 1.0) * (more - less)
     return evenly * (ahead / evenly.sum())
+
+
+def _log_weight(
+    gap: Float[np.ndarray, "J N"], errors: Float[np.ndarray, " N"] | float, power: float
+) -> Float[np.ndarray, "J N"]:
+    """log E[(gap + errors z)^power], z standard normal, by the maximum of the integrand; power log gap at 0.
+
+    A gap that is only known roughly may be larger than it looks, and a high power must not trust its rank.
+    """
+    gap, variance = np.maximum(gap, 1e-9), np.maximum(errors, 1e-12) ** 2
+    likely = (gap + np.sqrt(gap**2 + 4 * power * variance)) / 2
+    return power * np.log(likely) - (likely - gap) ** 2 / (2 * variance)
 
 
 def _demand(
