@@ -56,14 +56,14 @@ class MarginalGain:
     """
 
     objective: Literal["mean", "worst"] | Annotated[float, Field(ge=1)] = "mean"
-    """What is to be small at the end: the `mean` gap, the `worst` gap, or the power mean of the gaps with
-    this exponent, which leads from one (1) to the other (32 and more)."""
+    """What is to be small at the end, in nats per token: the `mean` gap, the `worst` gap, or the power mean
+    of the gaps with this exponent, which leads from one (1) to the other (32 and more)."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of the rows that is always spread evenly, so that no domain is forgotten or unobserved."""
     lookahead: Annotated[float, Field(gt=0)] = 0.25
     """Rows that are planned at once, as a share of the rows served so far; at least those of an interval."""
     memory: Annotated[int, Field(ge=4)] = 16
-    """Measurements that are kept; older ones are merged in pairs."""
+    """Measurements of rows and gaps that are kept; the nearest two become one where there are more."""
 
     def init(self, losses: DomainLosses, natural_weights: Float[np.ndarray, " N"]) -> dict[str, Any]:
         """Uniform, since nothing is known yet.
@@ -109,7 +109,7 @@ class MarginalGain:
         if total > 0:
             ahead = max(total - sum(state["rows"][-1]), self.lookahead * total)
             laws = fit_gap_laws(*_evidence(history))
-            power = self.power
+            power = self._power
             plan = fill(laws, ahead, power, self.floor, np.array(history["errors"][-1]))
             confidence = trust(laws, plan, power)
             weights = confidence * plan / ahead + (1 - confidence) * weights
@@ -121,7 +121,7 @@ class MarginalGain:
         }
 
     @property
-    def power(self) -> float:
+    def _power(self) -> float:
         """The exponent of the power mean that `objective` stands for."""
         if self.objective == "mean":
             return 1.0

@@ -14,7 +14,7 @@ from ddkmix.config import Named
 from ddkmix.errors import ConfigError
 from ddkmix.policies import build_policy, next_state
 from ddkmix.policies.gap_law import GapLaws, fit_gap_laws
-from ddkmix.policies.marginal_gain import MarginalGain, fill, remember, trust
+from ddkmix.policies.marginal_gain import MarginalGain, _log_weight, fill, remember, trust
 from tests.conftest import domain_losses
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=25)
@@ -78,6 +78,26 @@ def test_the_worst_gap_is_brought_down_to_the_next():
     """4/(1+a/100) = 2/(1+b/100) with a + b = 700: a = 500, b = 200, both gaps 2/3, within the 32nd power."""
     laws = known([4.0, 2.0], [0.0, 0.0], [100.0, 100.0], [1.0, 1.0], [0.0, 0.0])
     assert [500.0, 200.0] == pytest.approx(fill(laws, 700.0, 32.0, 0.0), rel=0.06)
+
+
+def test_a_gap_known_roughly_counts_by_what_it_may_be():
+    """log E[(g + s z)^31] against a numerical integral; without an error it is 31 log g."""
+    z = np.linspace(-12, 12, 200_001)
+    for gap, error in ((1.2, 0.3), (1.6, 0.3), (1.6, 0.02)):
+        density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi) * np.maximum(gap + error * z, 0) ** 31
+        exact = math.log(density.sum() * (z[1] - z[0]))
+        # the maximum of the integrand leaves out the width of its peak, less than half a nat
+        assert exact == pytest.approx(_log_weight(np.array([[gap]]), np.array([error]), 31.0)[0, 0], abs=0.5)
+    assert 31 * math.log(1.6) == pytest.approx(_log_weight(np.array([[1.6]]), 0.0, 31.0)[0, 0])
+
+
+def test_rough_gaps_are_shared_more_evenly_under_the_worst_gap():
+    """Gaps of 1.2 and 1.0 that fall alike, 100 rows: the larger gets less the less is known of both."""
+    laws = known([1.2, 1.0], [0.2, 0.0], [100.0] * 2, [0.5] * 2, [0.0, 0.0])
+    firsts = [fill(laws, 100.0, 32.0, 0.0, error)[0] for error in (0.0, 0.1, 0.5, 2.0)]
+    assert sorted(firsts, reverse=True) == firsts
+    assert firsts[0] > 80
+    assert firsts[-1] < 70
 
 
 @pytest.mark.parametrize("power", [1.0, 4.0, 32.0])
@@ -189,7 +209,7 @@ def test_an_update_is_fit_fill_and_trust():
     ago = np.array([[math.log(1.02 / 0.02)], [0.0]])  # the law is less sure of what was long ago
     errors = np.hypot(0.01, gaps[0] * (0.003 + 0.01 * ago))
     laws = fit_gap_laws(np.array([[0.0, 0.0], [500.0, 500.0]]), gaps, errors)
-    plan = fill(laws, 1000.0, 4.0, policy.floor)
+    plan = fill(laws, 1000.0, 4.0, policy.floor, np.array([0.01, 0.01]))
     share = trust(laws, plan, 4.0)
     assert share == pytest.approx(state["confidence"])
     assert share * plan / 1000 + (1 - share) / 2 == pytest.approx(np.array(state["mixture_weights"]))
@@ -376,5 +396,5 @@ def test_a_wrong_parameter_is_one_line(parameters, message):
 
 def test_an_exponent_reaches_from_the_mean_to_the_worst():
     """1 is the mean; 32 and all above stand for the worst."""
-    powers = [MarginalGain(objective=o).power for o in ("mean", 1.0, 4, 32.0, 1e9, "worst")]
+    powers = [MarginalGain(objective=o)._power for o in ("mean", 1.0, 4, 32.0, 1e9, "worst")]
     assert [1.0, 1.0, 4.0, 32.0, 32.0, 32.0] == powers
