@@ -49,6 +49,7 @@ class Doremi:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"excess_loss"})
+    """What an evaluator must measure beside the losses."""
     step_size: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """The factor eta of the excess in the exponent."""
     uniform_mix: Annotated[float, Field(ge=0, le=1)] = 1e-3
