@@ -1,4 +1,4 @@
-"""The worst mixture in a chi-square ball: against the rule of DRPruning's code, and against the argmax itself."""
+"""The worst mixture in a chi-square ball: the rule of DRPruning's code, and the argmax itself."""
 
 import math
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddkmix.policies import Odm
-from tests.policies.family import states, weights
+from tests.policies.family import full_losses, states, weights
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=40)
 HISTORIES = st.integers(2, 6).flatmap(
@@ -110,13 +110,6 @@ def test_without_smoothing_the_newest_reward_is_all():
     """`smoothing: 0` forgets: two histories with one end give one mixture."""
     for form in ("paper", "smoothed_mean"):
         policy = Odm(form=form, smoothing=0.0)
-        first = policy.update(states(policy, [[1.0, 2.0]])[0], full(1.0, 0.5))
-        again = policy.update({**first, "mixture_weights": [0.5, 0.5]}, full(1.0, 0.5))
+        first = policy.update(states(policy, [[1.0, 2.0]])[0], full_losses([1.0, 0.5]))
+        again = policy.update({**first, "mixture_weights": [0.5, 0.5]}, full_losses([1.0, 0.5]))
         assert first["estimate"] == pytest.approx(again["estimate"])
-
-
-def full(*gaps):
-    """Losses with these gaps."""
-    from tests.policies.family import full_losses
-
-    return full_losses(list(gaps))
