@@ -35,7 +35,7 @@ class Ado:
     (2) h is the share of the last interval; published is a mean over steps that decays by 0.9, which at the
     end of a long interval is the same. (3) t counts updates; published steps. (4) The optimizer is a grid of
     exponents with reweighted least squares; published is L-BFGS from 512 starts, the same objective.
-    (5) 0 <= a <= 0.8 as published, but e >= 0 and b is free; published are e >= 1.65 nats, which a strong
+    (5) a <= 0.8 as published, but e >= 0 and b is free; published are e >= 1.65 nats, which a strong
     student's code is below, and b <= 665. (6) With N > 100 domains the floor 0.01 cannot hold and is 1/N,
     so the mixture goes to uniform: lower `min_share`.
 
@@ -69,7 +69,7 @@ class Ado:
     newest: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of rho in the mixture; the rest is the mean of all before."""
     most_points: Annotated[int, Field(ge=8)] = 32
-    """Evaluations that are kept for the fit. Of more, every second row of the older half is forgotten."""
+    """Evaluations that are kept for the fit against rows. Of more, every second of the older half is dropped."""
 
     def init(self, losses: DomainLosses, natural_weights: Float[np.ndarray, " N"]) -> dict[str, Any]:
         """The prior.
@@ -106,7 +106,7 @@ class Ado:
         served, updates = measured("rows_served", losses), state["updates"] + 1
         since = served - np.array(state["served"])
         recent = np.array(state["recent"]) if since.sum() <= 0 else since / since.sum()
-        counted = [served.sum()] * len(served) if self.rows == "all" else served.tolist()
+        counted = [served.sum()] if self.rows == "all" else served.tolist()
         points = _thinned([*state["rows"], counted], self.most_points)
         values = _thinned([*state["losses"], losses.student_loss.tolist()], self.most_points)
         new = {
@@ -135,7 +135,7 @@ class Ado:
         losses: list[list[float]],
     ) -> Float[np.ndarray, " N"]:
         """rho: where a row is worth most, if the laws go on."""
-        seen = np.maximum(np.array(rows, dtype=np.float64), 1.0)
+        seen = np.maximum(np.array(rows, dtype=np.float64), 1.0) * np.ones(len(prior))
         laws = fit_power_laws(seen, np.array(losses))
         slope = np.maximum(laws.exponent, _LEAST_EXPONENT) * laws.scale / seen[-1]
         rho = prior * np.sqrt(recent) * slope

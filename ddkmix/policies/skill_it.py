@@ -43,7 +43,7 @@ class SkillIt:
     step_size: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2
     """The factor eta of the summed losses in the exponent."""
     window: Annotated[int, Field(ge=1)] = 3
-    """Evaluations whose losses are summed; domains are not counted in it."""
+    """How many evaluations are summed over, of losses in nats per token."""
     skills: dict[str, dict[str, float]] | None = None
     """A by names, `{code: {math: 0.5}}`: a number is the weight of math's losses in the exponent of code.
     Entries that are not given are 1 on the diagonal and 0 off it; unset is the identity."""

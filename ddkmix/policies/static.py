@@ -15,9 +15,12 @@ class Static:
 
     Uniform is the "equal sampling" that DDK is held against (arXiv 2407.16154, Table 5). Given weights may be
     the time average of a run's, which is DoReMi's second stage (arXiv 2305.10429) and the control that shows
-    whether it matters *when* a domain comes (Velocitune, arXiv 2411.14318). In a config `policy: {name:
-    static, weights: average, run: runs/ddk}`: reading the config replaces it by the numbers. In Python
-    `Static(weights=average_weights("runs/ddk"))`, with `ddkmix.average_weights`.
+    whether it matters *when* a domain comes (Velocitune, arXiv 2411.14318). In a config that is
+
+        policy: {name: static, weights: average, run: runs/ddk}
+
+    and reading the config puts the numbers there. In Python `Static(weights=average_weights("runs/ddk"))`,
+    with `ddkmix.average_weights`.
 
     >>> import numpy as np
     >>> from ddkmix import DomainLosses

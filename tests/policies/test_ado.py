@@ -132,7 +132,7 @@ def test_a_run_that_was_joined_late_counts_from_there():
     state = policy.init(full_losses([1.0, 1.0], rows=[900, 100]), np.array([0.5, 0.5]))
     state = policy.update(state, full_losses([1.0, 1.0], rows=[1000, 200]))
     assert [0.5, 0.5] == state["recent"]
-    assert [[1200.0, 1200.0]] == state["rows"]
+    assert [[1200.0]] == state["rows"]
 
 
 def test_old_points_are_thinned_and_the_first_and_the_newest_stay():

@@ -80,7 +80,7 @@ def test_weights_are_the_rule_of_the_code(drawn):
 )
 def test_another_constant_would_be_noticed(policy):
     """The comparison fails for each of the three settings that the rule has."""
-    p, gaps = [0.6, 0.3, 0.1], [0.1, 2.0, 0.0]
+    p, gaps = [0.4, 0.38, 0.2, 0.02], [2.0, 1.9, -2.0, -2.0]
     check_code(Chi2Dro(), p, gaps)
     with pytest.raises(AssertionError):
         check_code(policy, p, gaps)

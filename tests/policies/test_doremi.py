@@ -97,4 +97,4 @@ def test_it_starts_uniform_or_from_the_corpus():
 def test_no_weight_falls_below_its_floor():
     """c / N is left for a domain without excess, however long the others have some."""
     last = ours(Doremi(uniform_mix=0.1), [[0.0, 5.0, 5.0, 5.0]] * 30)[-1]
-    assert 0.1 / 4 == pytest.approx(last["mixture_weights"][0])
+    assert 0.1 / 4 <= last["mixture_weights"][0] < 1.01 * 0.1 / 4
