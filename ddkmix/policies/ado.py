@@ -69,7 +69,7 @@ class Ado:
     newest: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of rho in the mixture; the rest is the mean of all before."""
     most_points: Annotated[int, Field(ge=8)] = 32
-    """Evaluations that are kept for the fit against rows. Of more, every second of the older half is dropped."""
+    """Evaluations kept for the fit against rows. Of more, every second of the older half is dropped."""
 
     def init(self, losses: DomainLosses, natural_weights: Float[np.ndarray, " N"]) -> dict[str, Any]:
         """The prior.
