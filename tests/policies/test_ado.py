@@ -12,7 +12,7 @@ from ddkmix.policies.power_law import fit_power_laws
 from tests.conftest import domain_losses
 from tests.policies.family import full_losses
 
-SETTINGS = settings(deadline=None, derandomize=True, max_examples=15)
+SETTINGS = settings(deadline=None, derandomize=True, max_examples=6)
 
 
 def gaps_at(step, exponents):
@@ -136,13 +136,13 @@ def test_a_run_that_was_joined_late_counts_from_there():
 
 
 def test_old_points_are_thinned_and_the_first_and_the_newest_stay():
-    """Forty evaluations, at most eight kept, in order."""
-    found = drive(Ado(most_points=8), [[10, 10]] * 40, [0.2, 0.4], [0.5, 0.5])[-1]
+    """Twenty evaluations, at most eight kept, in order."""
+    found = drive(Ado(most_points=8), [[10, 10]] * 20, [0.2, 0.4], [0.5, 0.5])[-1]
     totals = [point[0] for point in found["rows"]]
     assert 4 < len(totals) <= 8
     assert len(totals) == len(found["losses"])
     assert totals == sorted(totals)
-    assert (20.0, 800.0) == (totals[0], totals[-1])
+    assert (20.0, 400.0) == (totals[0], totals[-1])
 
 
 def test_with_more_than_a_hundred_domains_the_floor_is_uniform():

@@ -12,7 +12,7 @@ from ddkmix.policies import Chi2Dro
 from ddkmix.policies.chi2_dro import worst_mixture
 from tests.policies.family import weights
 
-SETTINGS = settings(deadline=None, derandomize=True, max_examples=50)
+SETTINGS = settings(deadline=None, derandomize=True, max_examples=20)
 PROBLEMS = st.integers(2, 7).flatmap(
     lambda count: st.tuples(
         st.lists(st.floats(0.05, 1), min_size=count, max_size=count),
@@ -96,7 +96,7 @@ def test_several_updates_do_not_add_up():
         assert of_the_code(p, gaps, 0.1, 0.2, lift=True) == pytest.approx(actual, abs=1e-7)
 
 
-@settings(SETTINGS, max_examples=20)
+@settings(SETTINGS, max_examples=10)
 @given(PROBLEMS, st.sampled_from([0.02, 0.1, 0.5]))
 def test_nothing_in_the_ball_is_worse(drawn, rho):
     """Without floors q is the argmax of <q, gap>: a general optimizer finds nothing larger."""

@@ -306,7 +306,11 @@ def test_the_defaults_are_the_published_ones():
         ({"uniform_mix": 1.5}, "policy.uniform_mix = 1.5: Input should be less than or equal to 1."),
         ({"uniform_mix": -0.1}, "policy.uniform_mix = -0.1: Input should be greater than or equal to 0."),
         ({"uniform_mix": float("nan")}, "policy.uniform_mix = nan: Input should be less than or equal to 1."),
-        ({"signal": "ppl"}, "policy.signal = 'ppl': Input should be 'perplexity_ratio' or 'loss_gap'."),
+        (
+            {"signal": "ppl"},
+            "policy.signal = 'ppl': Input should be 'perplexity_ratio', 'loss_gap', 'excess_loss', "
+            "'forward_kl' or 'bits_per_byte_gap'.",
+        ),
         ({"signal_cap": 0}, "policy.signal_cap = 0: Input should be greater than 0."),
         ({"first_interval": "r0"}, "policy.first_interval = 'r0': Input should be 'random' or 'eq1'."),
         ({"uniform_mx": 1}, "policy (ddk) has no parameter 'uniform_mx'; did you mean 'uniform_mix'?"),

@@ -16,7 +16,7 @@ from ddkmix.policies import POLICIES, next_state, policy_of, reweight
 from tests.conftest import domain_losses
 from tests.policies.family import full_losses, states, weights
 
-SETTINGS = settings(deadline=None, derandomize=True, max_examples=20)
+SETTINGS = settings(deadline=None, derandomize=True, max_examples=8)
 
 SPECS: dict[str, dict[str, Any]] = {name: {"name": name} for name in POLICIES} | {
     "ado of own rows": {"name": "ado", "rows": "own"},
