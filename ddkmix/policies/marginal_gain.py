@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import Field
 
 from ddkmix.errors import ConfigError
@@ -20,7 +20,7 @@ _LAW_ERROR, _LAW_ERROR_BEFORE = 0.003, 0.01
 """What no law of this form describes, as a share of the first gap: now, and each factor e of rows before."""
 _UNKNOWN_ERROR = 0.02
 """Standard error where nobody measured one, as a share of the first gap."""
-_HOPELESS = 0.005
+_HOPELESS = 0.01
 """A gap that all the rows ahead would hardly bring down by this share of it gets no more than the floor."""
 _STEPS = np.array([0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128]) / 128
 """Shares of the rows ahead at which curves are looked at; straight lines between."""
@@ -160,13 +160,12 @@ def fill(
     count, free = len(laws.rows), (1 - floor) * ahead
     evenly = np.full(count, floor * ahead / count)
     extra = free * _STEPS
-    gap, slope, error = laws.predict(evenly + extra[:, None], ahead)
-    most = gap[0] - gap[-1] + error * free
-    hopeless = most <= _HOPELESS * np.maximum(gap[0], 0.0)
-    if hopeless.all() or free <= 0:
+    gap, slope, _ = laws.predict(evenly + extra[:, None], ahead)
+    moving = moves(laws, ahead)
+    if not moving.any() or free <= 0:
         return np.full(count, ahead / count)
     log_gain = _log_weight(gap, errors, power - 1) + np.log(np.maximum(slope, 1e-300))
-    log_gain = np.minimum.accumulate(log_gain)[:, ~hopeless]
+    log_gain = np.minimum.accumulate(log_gain)[:, moving]
     low, high = log_gain.min() - 1.0, log_gain.max() + 1.0
     for _ in range(8):  # 16^8 parts of the range
         levels = np.linspace(low, high, 17)
@@ -175,7 +174,7 @@ def fill(
     more, less = _demand(log_gain, extra, np.array([low, high]))
     # between the two lie domains of one constant gain: they share what is left
     part = (free - less.sum()) / max(more.sum() - less.sum(), 1e-300)
-    evenly[~hopeless] += less + min(part, 1.0) * (more - less)
+    evenly[moving] += less + min(part, 1.0) * (more - less)
     return evenly * (ahead / evenly.sum())
 
 
@@ -204,8 +203,22 @@ def _demand(
     return np.where(above == 0, 0.0, np.where(above == len(extra), extra[-1], inside))
 
 
+def moves(laws: GapLaws, ahead: float) -> Bool[np.ndarray, " N"]:
+    """Whether a gap would fall by more than 1 % if its domain got all the rows ahead, with some luck.
+
+    Args:
+        laws: what gaps will do.
+        ahead: rows, in the unit of the laws.
+    """
+    gap, _, error = laws.predict(np.outer([0.0, ahead], np.ones(len(laws.rows))), ahead)
+    fall: Float[np.ndarray, " N"] = gap[0] - gap[1] + error * ahead
+    return fall > _HOPELESS * np.maximum(gap[0], 0.0)
+
+
 def trust(laws: GapLaws, plan: Float[np.ndarray, " N"], power: float) -> float:
     """How far to go from uniform to a plan: gain^2 / (gain^2 + variance of the gain).
+
+    Only gaps that move count: beside a large one that does not, a high power would see no gain anywhere.
 
     Args:
         laws: what gaps will do.
@@ -214,14 +227,20 @@ def trust(laws: GapLaws, plan: Float[np.ndarray, " N"], power: float) -> float:
     """
     ahead = plan.sum()
     evenly = np.full(len(plan), ahead / len(plan))
+    moving = moves(laws, ahead)
+    if not moving.any():
+        return 0.0
     gaps, _, error = laws.predict(np.stack([evenly, plan]), ahead)
+    gaps = gaps[:, moving]
     if power > 1:
         gaps = np.maximum(gaps, 1e-9)
-    top = np.abs(gaps).max()
-    means = top * np.mean((gaps / top) ** power, axis=1) ** (1 / power) if power > 1 else gaps.mean(axis=1)
+        top = gaps.max()
+        means = top * np.mean((gaps / top) ** power, axis=1) ** (1 / power)
+        pull = (gaps[0] / means[0]) ** (power - 1) / moving.sum()
+    else:
+        means, pull = gaps.mean(axis=1), np.full(moving.sum(), 1 / moving.sum())
     gain = means[0] - means[1]
-    pull = (gaps[0] / means[0]) ** (power - 1) / len(plan)
-    variance = ((pull * error * (plan - evenly)) ** 2).sum()
+    variance = ((pull * (error * (plan - evenly))[moving]) ** 2).sum()
     return float(gain**2 / (gain**2 + variance)) if gain > 0 else 0.0
 
 

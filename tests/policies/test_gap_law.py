@@ -104,7 +104,7 @@ def test_probabilities_sum_to_one():
 @pytest.mark.parametrize("scale", [30.0, 300.0, 3000.0])
 @pytest.mark.parametrize("exponent", [0.25, 0.5, 0.9])
 def test_a_curve_of_this_form_is_foretold(scale, exponent):
-    """From 1,000 rows to 1,500: the fall that is still to come within a fifth, its slope within a quarter."""
+    """From 1,000 rows to 1,500: the fall that is still to come and its slope within a third."""
     rows = uniform_rows(11, 2)
     gaps = np.stack(
         [curve(rows[:, 0], 3.0, 0.5, scale, exponent), curve(rows[:, 0], 2.0, 0.0, 500.0, 0.5)], axis=1
@@ -114,8 +114,8 @@ def test_a_curve_of_this_form_is_foretold(scale, exponent):
     fall = gaps[-1, 0] - curve(1500.0, 3.0, 0.5, scale, exponent)
     true_slope = curve(999.5, 3.0, 0.5, scale, exponent) - curve(1000.5, 3.0, 0.5, scale, exponent)
     _, still, _ = laws.predict(np.zeros((1, 2)), 0.0)
-    assert fall == pytest.approx(gaps[-1, 0] - gap[1, 0], rel=0.2)
-    assert true_slope == pytest.approx(still[0, 0] / (1 - (laws.sharing @ laws.probability[:, 0])), rel=0.25)
+    assert fall == pytest.approx(gaps[-1, 0] - gap[1, 0], rel=0.35)
+    assert true_slope == pytest.approx(still[0, 0] / (1 - (laws.sharing @ laws.probability[:, 0])), rel=0.35)
     assert (slope >= 0).all()
 
 

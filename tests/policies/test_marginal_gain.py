@@ -396,5 +396,5 @@ def test_a_wrong_parameter_is_one_line(parameters, message):
 
 def test_an_exponent_reaches_from_the_mean_to_the_worst():
     """1 is the mean; 32 and all above stand for the worst."""
-    powers = [MarginalGain(objective=o)._power for o in ("mean", 1.0, 4, 32.0, 1e9, "worst")]
+    powers = [MarginalGain(objective=o)._power for o in ("mean", 1.0, 4.0, 32.0, 1e9, "worst")]
     assert [1.0, 1.0, 4.0, 32.0, 32.0, 32.0] == powers
