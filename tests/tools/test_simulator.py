@@ -25,7 +25,6 @@ from simulator.optimum import (  # noqa: E402
 from simulator.play import OURS, SPECS, Outcome, play, run_world  # noqa: E402
 from simulator.worlds import KINDS, REPEAT_DECAY, World, draw_world  # noqa: E402
 
-from ddkmix.policies.ddk import Ddk  # noqa: E402
 from ddkmix.policies.static import Static  # noqa: E402
 
 POWERS = sorted(OBJECTIVES.values())
@@ -193,7 +192,7 @@ def test_the_best_mixture_comes_with_a_proof(power, seed):
 @pytest.mark.parametrize("power", POWERS)
 def test_the_bound_is_below_every_mixture_wherever_it_is_made(power):
     """Tangent planes at a poor mixture bound too, only worse: a broken bound would be above something."""
-    drawn = draw_world(6)
+    drawn = draw_world(4)
     values = power_mean(
         drawn.gaps(drawn.budget * np.random.default_rng(0).dirichlet(np.ones(drawn.count), 500)), power
     )
@@ -244,15 +243,6 @@ def test_fixed_mixtures_serve_their_shares():
     assert [100.0, 200.0, 700.0] == pytest.approx(play(natural, Static(weights="natural")))
 
 
-def test_nobody_does_better_than_the_best_fixed_mixture():
-    """Order does not matter in these worlds, so no policy can; regret is 0 or more, up to rounding."""
-    for seed in range(6):
-        outcome = run_world(seed, SPECS)
-        for name in outcome.reached:
-            for objective in OBJECTIVES:
-                assert outcome.regret(name, objective) >= -1e-4
-
-
 # --- tables -----------------------------------------------------------------------------------------
 
 
@@ -279,7 +269,7 @@ def test_a_table_by_hand():
 
 @pytest.mark.parametrize(
     ("ours", "uniform", "ddk", "reached"),
-    [(1.1, 1.2, 1.2, True), (1.11, 1.2, 2.0, False), (1.11, 2.0, 1.2, False), (1.0, 1.2, 1.2, True)],
+    [(1.09, 1.2, 1.2, True), (1.11, 1.2, 2.0, False), (1.11, 2.0, 1.2, False), (1.0, 1.2, 1.2, True)],
 )
 def test_the_goal_is_half_the_regret_of_both(ours, uniform, ddk, reached):
     """Half of uniform's and half of DDK's; one of them is not enough."""
@@ -294,13 +284,13 @@ def test_one_world_more_than_5_percent_above_uniform_misses_the_goal():
 
 
 def test_the_program_prints_a_table_for_each_objective_and_writes_json(tmp_path, capsys):
-    """Two worlds of the development set; verification worlds are others."""
-    tool.main(["--worlds", "2", "--policies", "ddk", "--check", "--json", str(tmp_path / "out.json")])
+    """The first of the development set; verification worlds are others."""
+    tool.main(["--worlds", "1", "--policies", "ddk", "--check", "--json", str(tmp_path / "out.json")])
     printed = capsys.readouterr().out
     for objective in OBJECTIVES:
         assert f"| {objective}: regret, nats |" in printed
     report = json.loads((tmp_path / "out.json").read_text())
-    assert [0, 1] == [found["seed"] for found in report["worlds"]]
+    assert [0] == [found["seed"] for found in report["worlds"]]
     assert {"uniform", "ddk", OURS} == set(report["worlds"][0]["reached"])
     assert report["certificate"]["random search gains, nats"] <= 1e-6
     assert not set(tool.DEVELOPMENT) & set(tool.VERIFICATION)
@@ -317,18 +307,36 @@ def test_an_unknown_policy_is_refused(capsys):
 # --- our policy in a few fast worlds ----------------------------------------------------------------
 
 
-def test_ours_beats_uniform_and_ddk_in_every_kind_of_world():
-    """Fourteen worlds, two of each kind: mean regret below that of both, under each objective."""
-    found = [run_world(seed, {name: SPECS[name] for name in table.RIVALS}) for seed in range(14)]
-    for goal in table.goals(found):
-        assert max(goal["mean regret, as a share of that of"].values()) < 1.0
+FAST = (56, 106, 72, 9, 108, 66, 32, 33, 82, 195)
+"""Ten worlds of the development set with few intervals, of every kind."""
+
+
+@pytest.fixture(scope="module")
+def played() -> list[Outcome]:
+    """What everybody reached in them."""
+    return [run_world(seed, SPECS) for seed in FAST]
+
+
+def test_the_fast_worlds_are_of_all_kinds(played):
+    """One or two of each."""
+    assert set(KINDS) == {outcome.world.kind for outcome in played}
+
+
+def test_nobody_does_better_than_the_best_fixed_mixture(played):
+    """Order does not matter in these worlds, so no policy can; regret is 0 or more, up to rounding."""
+    for outcome in played:
+        for name in outcome.reached:
+            assert min(outcome.regret(name, objective) for objective in OBJECTIVES) >= -1e-6
+
+
+def test_ours_beats_uniform_and_ddk_under_each_objective(played):
+    """At most 0.7 of the mean regret of either, though these runs are short; no world is much worse."""
+    for goal in table.goals(played):
+        assert max(goal["mean regret, as a share of that of"].values()) < 0.7
         assert goal["worst world against uniform"] <= table.MOST_ABOVE_UNIFORM
 
 
-def test_a_policy_that_follows_the_gap_alone_would_fail_that_test():
+def test_a_policy_that_follows_the_gap_alone_would_fail_that_test(played):
     """DDK in our place does not beat uniform under the mean gap."""
-    found = [
-        run_world(seed, {"uniform": SPECS["uniform"], "ddk": SPECS["ddk"]}, lambda aim: Ddk())
-        for seed in range(14)
-    ]
-    assert table.goals(found)[0]["mean regret, as a share of that of"]["uniform"] > 1.0
+    swapped = [replace(o, reached={**o.reached, OURS: o.reached["ddk"]}) for o in played]
+    assert table.goals(swapped)[0]["mean regret, as a share of that of"]["uniform"] > 1.0
