@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ddkmix.losses.objective import distillation_objective
     from ddkmix.policies import POLICIES, WeightPolicy, reweight
     from ddkmix.reweighting import Reweighter
+    from ddkmix.run_average import average_weights
     from ddkmix.setup import measure_gaps, train
     from ddkmix.step_loader import StepLoader
     from ddkmix.types import DomainLosses
@@ -42,6 +43,7 @@ _HOME = {
     "RunConfig": "ddkmix.config",
     "StepLoader": "ddkmix.step_loader",
     "WeightPolicy": "ddkmix.policies",
+    "average_weights": "ddkmix.run_average",
     "build_terms": "ddkmix.losses",
     "distillation_objective": "ddkmix.losses.objective",
     "domain_indices": "ddkmix.batch_sampler",
@@ -63,6 +65,7 @@ __all__ = [
     "RunConfig",
     "StepLoader",
     "WeightPolicy",
+    "average_weights",
     "build_terms",
     "distillation_objective",
     "domain_indices",

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ddkmix.errors import ConfigError
 from ddkmix.overrides import apply_override, read_yaml
+from ddkmix.run_average import average_weights
 from ddkmix.sections import (
     NAME,
     Capture,
@@ -153,6 +154,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises:
         ConfigError: the file, a key or a value is wrong; the message names it and the rule.
+        RunError: `policy.run` is to be averaged, and is no run that can be.
     """
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"))
@@ -166,17 +168,38 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def parse_overrides(tree: dict[str, Any], overrides: Sequence[str], *, where: str) -> RunConfig:
-    """A config tree with `key=value` overrides on top, checked.
+    """A config tree with `key=value` overrides on top, checked, and with the average of another run read.
 
     Raises:
         ConfigError: the first thing that is wrong.
+        RunError: `policy.run` is to be averaged, and is no run that can be.
     """
     for override in overrides:
         section, dot, _ = override.partition(".")
         if dot and section in ("policy", "loss") and tree.get(section) is None:
             tree[section] = _default(section)
         apply_override(tree, override)
+    _read_average(tree, where=where)
     return parse_config(tree, where=where)
+
+
+def _read_average(tree: dict[str, Any], *, where: str) -> None:
+    """`policy: {name: static, weights: average, run: PATH}` -> the weights themselves.
+
+    Policies read no files, and a resumed run must not depend on another one that may have gone on since: the
+    numbers go into the resolved config.
+    """
+    policy = tree.get("policy")
+    if not isinstance(policy, dict) or policy.get("name") != "static" or policy.get("weights") != "average":
+        return
+    run = policy.get("run")
+    if not isinstance(run, str):
+        raise ConfigError(
+            f"{where}: policy.run = {run!r}; weights: average needs the folder of the run to average, as in "
+            "policy: {name: static, weights: average, run: runs/ddk}."
+        )
+    others = {key: value for key, value in policy.items() if key != "run"}
+    tree["policy"] = {**others, "weights": average_weights(Path(run))}
 
 
 def parse_config(tree: dict[str, Any], *, where: str) -> RunConfig:

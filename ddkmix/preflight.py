@@ -140,7 +140,7 @@ def read_tokenizers(
 def dummy_losses(domains: tuple[str, ...], gap: float = 1.0) -> DomainLosses:
     """Losses with the same gap everywhere: what a policy can be tried on before there are real ones."""
     ones = np.ones(len(domains))
-    counts = np.full(len(domains), 1000)
+    counts = np.full(len(domains), 1000)  # of tokens and of rows
     return DomainLosses(
         domains=domains,
         student_loss=2.0 * ones + gap,
@@ -149,6 +149,9 @@ def dummy_losses(domains: tuple[str, ...], gap: float = 1.0) -> DomainLosses:
         gap_error=0.01 * ones,
         num_tokens=counts,
         num_bytes=4 * counts,
+        excess_loss=max(gap, 0.0) * ones,
+        forward_kl=abs(gap) * ones,
+        rows_served=counts,
     )
 
 

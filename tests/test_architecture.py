@@ -31,6 +31,7 @@ LAYERS = {
     "validation": 1,
     "plugins": 1,
     "sections": 1,
+    "run_average": 1,
     "config": 2,
     "schedule": 3,
     # documents -> rows

@@ -23,9 +23,18 @@ TAUGHT = {
     "ddkmix.losses.CrossEntropy",
     "ddkmix.losses.ForwardKL",
     "ddkmix.planner.quantise",
+    "ddkmix.policies.Ado",
+    "ddkmix.policies.Chi2Dro",
     "ddkmix.policies.Ddk",
+    "ddkmix.policies.Doremi",
+    "ddkmix.policies.Odm",
+    "ddkmix.policies.Sheared",
+    "ddkmix.policies.SkillIt",
+    "ddkmix.policies.Softmax",
     "ddkmix.policies.Static",
+    "ddkmix.policies.Velocitune",
     "ddkmix.policies.exponentiated_update",
+    "ddkmix.policies.signal_of",
 }
 """Names that an example teaches best."""
 

@@ -94,4 +94,6 @@ def test_the_policy_of_a_run_is_inside_its_guards(tiny_config: Make) -> None:
 def test_dummy_losses_have_equal_gaps() -> None:
     """A policy tried on them sees no reason to prefer a domain."""
     losses = dummy_losses(("a", "b", "c"), gap=0.5)
+    assert losses.excess_loss is not None and losses.forward_kl is not None
+    assert [[0.5] * 3] * 2 == [losses.excess_loss.tolist(), losses.forward_kl.tolist()]
     assert [0.5, 0.5, 0.5] == losses.loss_gap.tolist()

@@ -2,6 +2,7 @@
 
 A policy is a frozen dataclass whose fields are its parameters. Its state is JSON-able and holds
 `mixture_weights`; the history of states is the history of weights. No torch, no IO, no logging.
+`signal.py` says what policies look at; one that looks at what is not always measured says so in `needs`.
 To add one: write the file, add a line to `POLICIES`. Outside the package: `name: package.module:Class`.
 
 Axis letter: N domains, in the order of `ddkmix.DomainLosses.domains`.
@@ -16,27 +17,61 @@ from jaxtyping import Float
 from ddkmix.config import Guards, Named
 from ddkmix.errors import ConfigError, NumericsError
 from ddkmix.plugins import build
+from ddkmix.policies.ado import Ado
+from ddkmix.policies.chi2_dro import Chi2Dro
 from ddkmix.policies.ddk import Ddk
+from ddkmix.policies.doremi import Doremi
 from ddkmix.policies.guards import Guarded, guarded
+from ddkmix.policies.marginal_gain import MarginalGain
+from ddkmix.policies.odm import Odm
 from ddkmix.policies.protocol import PolicyState, WeightPolicy, checked_weights
+from ddkmix.policies.sheared import Sheared
+from ddkmix.policies.signal import Signal, signal_of
+from ddkmix.policies.skill_it import SkillIt
+from ddkmix.policies.softmax import Softmax
 from ddkmix.policies.static import Static
 from ddkmix.policies.update import exponentiated_update
+from ddkmix.policies.velocitune import Velocitune
 from ddkmix.types import DomainLosses, simplex_vector
 
 __all__ = [
     "POLICIES",
+    "Ado",
+    "Chi2Dro",
     "Ddk",
+    "Doremi",
     "Guarded",
+    "MarginalGain",
+    "Odm",
     "PolicyState",
+    "Sheared",
+    "Signal",
+    "SkillIt",
+    "Softmax",
     "Static",
+    "Velocitune",
     "WeightPolicy",
     "exponentiated_update",
     "guarded",
     "reweight",
+    "signal_of",
 ]
 
-POLICIES: dict[str, type] = {"ddk": Ddk, "static": Static}
-"""The policies that a config can name; see `Ddk` and `Static`."""
+POLICIES: dict[str, type] = {
+    "ado": Ado,
+    "chi2_dro": Chi2Dro,
+    "ddk": Ddk,
+    "doremi": Doremi,
+    "marginal_gain": MarginalGain,
+    "odm": Odm,
+    "sheared": Sheared,
+    "skill_it": SkillIt,
+    "softmax": Softmax,
+    "static": Static,
+    "velocitune": Velocitune,
+}
+"""The policies that a config can name; each class states its equation, its source, and where code and paper
+of that source part."""
 
 
 def build_policy(spec: Named) -> WeightPolicy:

@@ -11,10 +11,9 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import Field
 
+from ddkmix.policies.signal import MeasuredSignal, needs_of, signal_of
 from ddkmix.policies.update import exponentiated_update
 from ddkmix.types import DomainLosses
-
-_LARGEST_EXPONENT = 700.0  # exp(709.8) is the largest float64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,13 +49,18 @@ class Ddk:
 
     uniform_mix: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the mixture that stays uniform: 1 - alpha. At 0 one domain ends up with everything."""
-    signal: Literal["perplexity_ratio", "loss_gap"] = "perplexity_ratio"
-    """`perplexity_ratio` as published, or its logarithm, the gap in nats per token."""
+    signal: MeasuredSignal = "perplexity_ratio"
+    """`perplexity_ratio` as published, its logarithm `loss_gap`, or another of `Signal`."""
     signal_cap: Annotated[float, Field(gt=0)] | None = None
-    """Signals above this (a ratio, or nats per token) count as this; unset as published."""
+    """Signals above this (a ratio, nats per token, or bits per byte) count as this; unset as published."""
     first_interval: Literal["random", "eq1"] = "random"
     """`random`: rows of the first interval are drawn from the corpus as it is (Algorithm 1, line 2).
     `eq1`: the first interval already follows Eq. 1."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What an evaluator must measure beside the losses: `excess_loss`, `forward_kl`, or nothing."""
+        return needs_of(self.signal)
 
     def init(self, losses: DomainLosses, natural_weights: Float[np.ndarray, " N"]) -> dict[str, Any]:
         """r_0 by Eq. 1; the mixture of the first interval is natural or r_0.
@@ -92,8 +96,7 @@ class Ddk:
         Args:
             losses: student and teacher on the same held-out rows, nats per token.
         """
-        gap = losses.loss_gap
-        signal = gap if self.signal == "loss_gap" else np.exp(np.minimum(gap, _LARGEST_EXPONENT))
+        signal = signal_of(self.signal, losses)
         if self.signal_cap is not None:
             signal = np.minimum(signal, self.signal_cap)
         capped: Float[np.ndarray, " N"] = signal

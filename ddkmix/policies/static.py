@@ -13,7 +13,14 @@ from ddkmix.types import DomainLosses, simplex_vector
 class Static:
     """Uniform, natural or given weights, w_{t+1} = w_t.
 
-    Uniform is the "equal sampling" that DDK is held against (arXiv 2407.16154, Table 5).
+    Uniform is the "equal sampling" that DDK is held against (arXiv 2407.16154, Table 5). Given weights may be
+    the time average of a run's, which is DoReMi's second stage (arXiv 2305.10429) and the control that shows
+    whether it matters *when* a domain comes (Velocitune, arXiv 2411.14318). In a config that is
+
+        policy: {name: static, weights: average, run: runs/ddk}
+
+    and reading the config puts the numbers there. In Python `Static(weights=average_weights("runs/ddk"))`,
+    with `ddkmix.average_weights`.
 
     >>> import numpy as np
     >>> from ddkmix import DomainLosses

@@ -1,8 +1,26 @@
-"""The exponentiated step with a uniform floor that DDK, DoReMi and their kin share."""
+"""The exponentiated step with a uniform floor that DDK, DoReMi and their kin share, and where they start."""
+
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 from scipy.special import log_softmax
+
+Start = Literal["uniform", "natural"]
+"""Weights before the first update: 1/N each, or the shares of the corpus as it is."""
+
+
+def start_weights(start: Start, natural_weights: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """The weights of the first interval, as a new array."""
+    if start == "natural":
+        return natural_weights.copy()
+    return np.full(len(natural_weights), 1.0 / len(natural_weights))
+
+
+def finite_logs(weights: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """Logarithms of weights; a weight of 0 is taken for 1e-308, because JSON has no infinity."""
+    logs: Float[np.ndarray, " N"] = np.log(np.maximum(weights, np.finfo(np.float64).tiny))
+    return logs
 
 
 def exponentiated_update(

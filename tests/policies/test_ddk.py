@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from ddkmix.config import Named
 from ddkmix.errors import ConfigError
-from ddkmix.policies import build_policy, next_state
+from ddkmix.policies import build_policy, next_state, signal_of
 from ddkmix.policies.ddk import Ddk
 from tests.conftest import domain_losses
+from tests.policies.family import full_losses
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -305,7 +306,11 @@ def test_the_defaults_are_the_published_ones():
         ({"uniform_mix": 1.5}, "policy.uniform_mix = 1.5: Input should be less than or equal to 1."),
         ({"uniform_mix": -0.1}, "policy.uniform_mix = -0.1: Input should be greater than or equal to 0."),
         ({"uniform_mix": float("nan")}, "policy.uniform_mix = nan: Input should be less than or equal to 1."),
-        ({"signal": "ppl"}, "policy.signal = 'ppl': Input should be 'perplexity_ratio' or 'loss_gap'."),
+        (
+            {"signal": "ppl"},
+            "policy.signal = 'ppl': Input should be 'perplexity_ratio', 'loss_gap', 'excess_loss', "
+            "'forward_kl' or 'bits_per_byte_gap'.",
+        ),
         ({"signal_cap": 0}, "policy.signal_cap = 0: Input should be greater than 0."),
         ({"first_interval": "r0"}, "policy.first_interval = 'r0': Input should be 'random' or 'eq1'."),
         ({"uniform_mx": 1}, "policy (ddk) has no parameter 'uniform_mx'; did you mean 'uniform_mix'?"),
@@ -324,3 +329,17 @@ def test_the_checks_around_a_policy_accept_every_state_of_it():
     for gaps in ([0.0, 709.0, 710.0], [1e4, 0.0, 0.0], [0.0, 0.0, 0.0]):
         state = next_state(policy, state, domain_losses(gaps), np.full(3, 1 / 3))
     assert 1.0 == pytest.approx(sum(state["mixture_weights"]))
+
+
+@pytest.mark.parametrize("signal", ["excess_loss", "forward_kl", "bits_per_byte_gap"])
+def test_any_signal_of_one_evaluation_will_do(signal):
+    """Eq. 1 and 2 with another s: softmax(s), then half of softmax(log r + s) and half of uniform."""
+    policy, losses = Ddk(signal=signal, first_interval="eq1"), full_losses([1.0, 0.0, 2.0])
+    s = signal_of(signal, losses)
+    first = np.exp(s) / np.exp(s).sum()
+    psi = first * np.exp(s)
+    state = policy.init(losses, np.full(3, 1 / 3))
+    assert first == pytest.approx(np.array(state["mixture_weights"]))
+    assert 0.5 * psi / psi.sum() + 0.5 / 3 == pytest.approx(
+        np.array(policy.update(state, losses)["mixture_weights"])
+    )

@@ -13,6 +13,7 @@ from ddkmix.policies import POLICIES, build_policy, next_state, policy_of, rewei
 from ddkmix.policies.ddk import Ddk
 from ddkmix.policies.static import Static
 from tests.conftest import domain_losses
+from tests.policies.family import full_losses
 
 UNIFORM = np.array([0.5, 0.5])
 
@@ -49,8 +50,10 @@ class Says:
 
 
 def test_the_table_names_every_policy():
-    """A policy of the package is one line of a literal dict."""
-    assert {"ddk": Ddk, "static": Static} == POLICIES
+    """A policy of the package is one line of a literal dict, in order."""
+    names = "ado chi2_dro ddk doremi marginal_gain odm sheared skill_it softmax static velocitune"
+    assert names.split() == list(POLICIES)
+    assert (Ddk, Static) == (POLICIES["ddk"], POLICIES["static"])
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -70,7 +73,8 @@ def test_every_policy_gives_a_distribution_over_one_domain_and_over_twenty(name)
         policy, state = build_policy(Named(name=name)), None
         for seed in range(3):
             gaps = np.random.default_rng(seed).uniform(-1, 12, count).tolist()
-            state = next_state(policy, state, domain_losses(gaps), np.full(count, 1 / count))
+            losses = full_losses(gaps, step=seed)
+            state = next_state(policy, state, losses, np.full(count, 1 / count))
             assert count == len(state["mixture_weights"])
 
 
