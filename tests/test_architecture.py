@@ -57,6 +57,7 @@ LAYERS = {
     "plan_queue": 6,
     "projection": 6,
     "provenance": 7,
+    "trackers": 7,
     "stream": 7,
     "ranks": 7,
     "planned_mixture": 8,
@@ -105,9 +106,10 @@ LAYERS = {
     "verifying": 26,
     "report": 27,
     "options": 27,
-    "cli": 28,
-    "__init__": 28,
-    "__main__": 29,
+    "report_commands": 28,
+    "cli": 29,
+    "__init__": 29,
+    "__main__": 30,
 }
 SIBLINGS: set[tuple[str, str]] = set()
 """(importer, imported) of one layer."""
