@@ -26,7 +26,7 @@ def text(value: str) -> Html:
     return Html(html.escape(visible, quote=True))
 
 
-def element(_name: str, /, *children: str, **attributes: str | float | None) -> Html:
+def element(_name: str, /, *children: str, **attributes: str | int | float | None) -> Html:
     """An element; plain text in it and in its attributes is escaped.
 
     Args:
@@ -56,5 +56,5 @@ def raw_style(css: str) -> Html:
     return Html(f"<style>{css}</style>")
 
 
-def _short(value: str | float) -> str:
+def _short(value: str | int | float) -> str:
     return value if isinstance(value, str) else f"{round(value, 2):g}"

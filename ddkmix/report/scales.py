@@ -10,6 +10,7 @@ from jaxtyping import Float
 _LOG_FROM, _LOG_TO = 8.0, 1e5
 """A chart is logarithmic where the largest value is this many times the smallest: a student that starts 16
 nats behind would flatten everything that follows, and a gap of nearly nothing would take all the room."""
+_MOST_LOG_TICKS = 6
 _MARGIN = 0.04
 """Share of the range that stays free above and below."""
 
@@ -62,14 +63,14 @@ def _ticks(low: float, high: float, count: int) -> tuple[float, ...]:
     size = 10.0 ** math.floor(math.log10(rough))
     step = next((size * k for k in (1, 2, 2.5, 5) if size * k >= rough), size * 10)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return tuple(round(k * step, 12) for k in range(first, last + 1))
+    return tuple(float(f"{k * step:.12g}") for k in range(first, last + 1))
 
 
 def _log_ticks(low: float, high: float) -> tuple[float, ...]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ((1,), (1, 3), (1, 2, 5)):
-        ticks = tuple(k * 10.0**power for power in powers for k in digits if low <= k * 10.0**power <= high)
-        if len(ticks) >= 3:
+    for parts in ((1, 2, 5), (1, 3), (1,)):
+        ticks = tuple(k * 10.0**power for power in powers for k in parts if low <= k * 10.0**power <= high)
+        if len(ticks) <= _MOST_LOG_TICKS:
             break
     return ticks
 

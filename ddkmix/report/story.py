@@ -34,7 +34,7 @@ class Moment:
 
     step: int
     """Optimizer steps taken before."""
-    losses: Mapping[str, Mapping[str, float | None]]
+    losses: Mapping[str, Mapping[str, Any]]
     """`DomainLosses.to_json`; nats per token."""
     weights: Mapping[str, float]
     """Mixture weights of the steps that follow."""
@@ -45,12 +45,9 @@ class Moment:
 
     def value(self, column: str, domain: str) -> float:
         """A number of one domain, `weights`, `served`, `epochs` or a column of losses; nan where unknown."""
-        own: Mapping[str, Any] = {
-            "weights": self.weights,
-            "served": self.served,
-            "epochs": self.epochs,
-        }.get(column, {})
-        found = own.get(domain) if own else self.losses.get(domain, {}).get(column)
+        own = {"weights": self.weights, "served": self.served, "epochs": self.epochs}
+        of_domain: Mapping[str, Any] = self.losses.get(domain, {})
+        found = own[column].get(domain) if column in own else of_domain.get(column)
         return float(found) if found is not None and math.isfinite(found) else math.nan
 
 
@@ -162,8 +159,10 @@ def story_of_gaps(losses: DomainLosses, weights: Mapping[str, float], config: Ru
 
 
 def _moment(record: Mapping[str, Any]) -> Moment:
-    parts = {name: dict(record[name]) for name in ("losses", "weights", "served", "epochs")}
-    return Moment(step=int(record["step"]), **parts)
+    shares = ({n: float(v) for n, v in record[key].items()} for key in ("weights", "served", "epochs"))
+    weights, served, epochs = shares
+    losses = {name: dict(row) for name, row in record["losses"].items()}
+    return Moment(step=int(record["step"]), losses=losses, weights=weights, served=served, epochs=epochs)
 
 
 def _by_gap(moments: Sequence[Moment]) -> tuple[str, ...]:

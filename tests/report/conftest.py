@@ -1,4 +1,4 @@
-"""A tiny run, recorded once, and the same run with other names and more domains: the format is the trainer's."""
+"""A tiny run, recorded once, and the same with other names and more domains: the format is the trainer's."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from tests.conftest import reset_accelerate
 
 HOSTILE = (
     "<script>alert(1)</script>&\"'",
-    '"><img src=x onerror=alert(2)><b a=\'',
+    "\"><img src=x onerror=alert(2)><b a='",
     "</title></style></pre><svg onload=alert(3)>$\\frac{\u202e",
 )
 """What no card may be called, in case something else may."""
