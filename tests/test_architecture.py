@@ -305,7 +305,8 @@ def test_past_steps_and_projections_load_nothing_heavy(tmp_path, tiny_config, wr
 
     tree = tiny_config(trainer={"steps": 2})
     train(load_config(write_config(tree)))
-    for arguments in (("seen", tree["run_dir"], "--step", "1"), ("plan", tree["run_dir"])):
+    page = ("show", tree["run_dir"], "--format", "html")
+    for arguments in (("seen", tree["run_dir"], "--step", "1"), ("plan", tree["run_dir"]), page):
         assert [] == heavy_modules(run_main(*arguments), tmp_path)
 
 

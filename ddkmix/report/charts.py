@@ -161,7 +161,7 @@ def _labels(curves: Sequence[Curve], y: Axis) -> list[Html]:
         known = curve.ys[np.isfinite(curve.ys)]
         if len(known):
             ended.append((curve, _TOP + down(y, float(known[-1]))))
-    places = spread([end for _, end in ended], apart=14, low=_TOP + 4, high=_TOP + _HEIGHT)
+    places = spread([end for _, end in ended], apart=14.0, low=_TOP + 4, high=_TOP + _HEIGHT)
     parts = []
     for (curve, end), place in zip(ended, places, strict=True):
         style = f"line s{curve.style}"

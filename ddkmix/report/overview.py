@@ -6,7 +6,7 @@ import numpy as np
 
 from ddkmix.report.charts import STYLES, Curve, time_chart
 from ddkmix.report.markup import Html, element
-from ddkmix.report.scales import Axis, axis_over, binned, digits, short, thinned
+from ddkmix.report.scales import Axis, axis_over, binned, digits, thinned
 from ddkmix.report.small_charts import area_path, band_path, gap_bar, gap_ticks, line_path, small_chart
 from ddkmix.report.story import Z_95, Story
 from ddkmix.report.tables import table
@@ -175,7 +175,7 @@ def cards(story: Story) -> list[Html]:
         *_key("student", "student"),
         *_key("teacher", "teacher"),
         f"Held-out losses in nats per token{' on a log scale' if losses.log else ''}; the band is the gap's "
-        f"95 % interval around the student. Below them the weight, 0 to {short(weights.high)}, over steps "
+        f"95 % interval around the student. Below them the weight, 0 to {digits(weights.high, '.2g')}, over steps "
         f"{story.moments[0].step:,} to {story.last.step:,}. All charts have the same axes.",
         class_="soft",
     )

@@ -72,7 +72,8 @@ def small_chart(
         for v in ticks
     ]
     numbers = [
-        element("text", short(v), x=2, y=max(down(y, v, height) - 2, 9.0), class_="tick") for v in ticks
+        element("text", short(v), x="100%", y=max(down(y, v, height) - 2, 9.0), class_="tick end")
+        for v in ticks
     ]
     stretched = element(
         "svg",

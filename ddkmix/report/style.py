@@ -27,10 +27,10 @@ body {
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0.5rem 0 0.25rem; }
 h2 { font-size: 1.15rem; margin: 2.25rem 0 0.5rem; }
 p { margin: 0.4rem 0; max-width: 46rem; }
-.soft, figcaption, dt, caption { color: var(--soft); }
+.soft, figcaption, dt, .caption { color: var(--soft); }
 progress { width: 100%; max-width: 24rem; height: 0.6rem; accent-color: var(--c0); }
 dl {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr));
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr));
   gap: 0.75rem 1.5rem; margin: 1rem 0;
 }
 dt { font-size: 0.8rem; }
@@ -40,7 +40,7 @@ dd { margin: 0; font-weight: 600; }
 table {
   border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; min-width: 100%;
 }
-caption { text-align: left; padding: 0.75rem 0 0.25rem; font-size: 0.85rem; }
+.caption { font-size: 0.85rem; max-width: 60rem; }
 th, td {
   padding: 0.2rem 0.6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line);
 }
@@ -54,12 +54,13 @@ th.bar { text-align: left; padding: 0; }
 .charts {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1.25rem 2rem;
 }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 10rem), 1fr)); gap: 1rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 10.5rem), 1fr)); gap: 1rem; }
 figure { margin: 0; min-width: 0; }
 figcaption { font-size: 0.9rem; }
 .card { border-top: 2px solid var(--line); padding-top: 0.3rem; font-size: 0.78rem; }
 .card figcaption { display: flex; justify-content: space-between; gap: 0.5rem; font-size: 0.85rem; }
 .card b { color: var(--ink); overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.card figcaption span { white-space: nowrap; font-size: 0.78rem; }
 .card p { margin: 0; line-height: 1.35; color: var(--soft); }
 svg { display: block; overflow: hidden; }
 svg text { fill: var(--ink); font-size: 11px; }

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from ddkmix.report.markup import Html, element
+from ddkmix.report.markup import Html, element, join
 
 
 def table(
@@ -15,7 +15,7 @@ def table(
     """A table whose first cell in a row is that row's heading.
 
     Args:
-        caption: what it holds; also the name of its box, for those who reach it by keyboard.
+        caption: what it holds; stands above, and is the name of the box for those who reach it by keyboard.
         header: a title for each column.
         rows: cells, as text or markup.
         classes: of whole columns, by their number: "text" is left-aligned, "bar" is wide.
@@ -32,8 +32,9 @@ def table(
     ]
     whole = element(
         "table",
-        element("caption", caption),
         element("thead", element("tr", *head)),
         element("tbody", *lines),
     )
-    return element("div", whole, class_="scroll", role="region", aria_label=caption, tabindex="0")
+    box = element("div", whole, class_="scroll", role="region", aria_label=caption, tabindex="0")
+    # not a <caption>: it would be as wide as the table, and be cut off with it
+    return join(element("p", caption, class_="caption"), box)

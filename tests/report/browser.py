@@ -11,6 +11,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,12 @@ _OPTIONS = (
     "--no-first-run",
     "--host-resolver-rules=MAP * ~NOTFOUND",
 )
+
+_START = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); "
+    "os.execv(sys.argv[3], sys.argv[3:])"
+)
+"""The browser reads from descriptor 3 and writes to 4."""
 
 
 def find_chromium() -> str | None:
@@ -57,8 +64,7 @@ class Browser:
         self._read, their_write = _pipe()
         command = [program, *_OPTIONS, f"--user-data-dir={profile}"]
         self._process = subprocess.Popen(
-            # the browser reads from descriptor 3 and writes to 4
-            ["sh", "-c", f'exec "$0" "$@" 3<&{theirs} 4>&{their_write}', *command],
+            [sys.executable, "-S", "-E", "-c", _START, str(theirs), str(their_write), *command],
             pass_fds=(theirs, their_write),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -35,8 +35,8 @@ def moment(step: int, gaps: dict[str, float | None], weights: dict[str, float], 
 def test_an_update_is_told_in_a_line() -> None:
     """Gaps 1 and 2: mean 1.5, worst 2 of b. From (0.5, 0.5) to (0.2, 0.8) moves 0.3 of the mixture."""
     story = story_with(
-        moment(0, {"a": 1.0, "b": 2.0}, {"a": 0.5, "b": 0.5}, served={"a": 0, "b": 0}),
-        moment(1000, {"a": 0.25, "b": 0.75}, {"a": 0.2, "b": 0.8}, served={"a": 700, "b": 500}),
+        moment(0, {"a": 1.0, "b": 2.0}, {"a": 0.5, "b": 0.5}, served={"a": 0.0, "b": 0.0}),
+        moment(1000, {"a": 0.25, "b": 0.75}, {"a": 0.2, "b": 0.8}, served={"a": 700.0, "b": 500.0}),
     )
     expected = [
         ["0", "1.500", "2.000", "b", "–", "–", "–", "0"],
