@@ -103,7 +103,7 @@ def charts(story: Story) -> list[Html]:
     ]
     drawn += [_mean_and_worst(story, shown), *_training(story)]
     return [
-        *(element("p", note, class_="soft") for note in notes),
+        *(element("p", note, class_="caption") for note in notes),
         element("div", *drawn, class_="charts"),
     ]
 
@@ -175,9 +175,9 @@ def cards(story: Story) -> list[Html]:
         *_key("student", "student"),
         *_key("teacher", "teacher"),
         f"Held-out losses in nats per token{' on a log scale' if losses.log else ''}; the band is the gap's "
-        f"95 % interval around the student. Below them the weight, 0 to {digits(weights.high, '.2g')}, over steps "
-        f"{story.moments[0].step:,} to {story.last.step:,}. All charts have the same axes.",
-        class_="soft",
+        f"95 % interval around the student. Below them the weight, 0 to {digits(weights.high, '.2g')}, over "
+        f"steps {story.moments[0].step:,} to {story.last.step:,}. All charts have the same axes.",
+        class_="caption",
     )
     return [
         key,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-_LOG_FROM, _LOG_TO = 8.0, 1e5
+_LOG_FROM, _LOG_TO = 5.0, 1e5
 """A chart is logarithmic where the largest value is this many times the smallest: a student that starts 16
 nats behind would flatten everything that follows, and a gap of nearly nothing would take all the room."""
 _MOST_LOG_TICKS = 6

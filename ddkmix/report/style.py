@@ -54,12 +54,22 @@ th.bar { text-align: left; padding: 0; }
 .charts {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1.25rem 2rem;
 }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 10.5rem), 1fr)); gap: 1rem; }
+.cards {
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 10.5rem), 1fr)); gap: 1rem;
+}
 figure { margin: 0; min-width: 0; }
 figcaption { font-size: 0.9rem; }
-.card { border-top: 2px solid var(--line); padding-top: 0.3rem; font-size: 0.78rem; }
-.card figcaption { display: flex; justify-content: space-between; gap: 0.5rem; font-size: 0.85rem; }
-.card b { color: var(--ink); overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.card {
+  border-top: 2px solid var(--line); padding-top: 0.3rem; font-size: 0.78rem;
+  display: flex; flex-direction: column; justify-content: flex-end;
+}
+.card figcaption { flex-grow: 1; align-content: flex-start; }
+.card figcaption {
+  display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 0.5rem; font-size: 0.85rem;
+}
+.card b {
+  color: var(--ink); max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+}
 .card figcaption span { white-space: nowrap; font-size: 0.78rem; }
 .card p { margin: 0; line-height: 1.35; color: var(--soft); }
 svg { display: block; overflow: hidden; }
