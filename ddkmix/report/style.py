@@ -115,10 +115,10 @@ pre {
   .charts { grid-template-columns: 1fr 1fr; gap: 1rem; }
   .cards { grid-template-columns: repeat(4, 1fr); }
   .scroll { overflow: visible; }
-  table { font-size: 7pt; }
-  th, td { padding: 0.1rem 0.25rem; }
+  table { font-size: 6.5pt; }
+  th, td { padding: 0.1rem 0.2rem; }
   th:first-child { position: static; }
-  td.bar { min-width: 5rem; width: 28%; }
+  td.bar { min-width: 4rem; width: 16%; }
   pre { white-space: pre-wrap; font-size: 7.5pt; overflow-wrap: anywhere; }
   details::details-content { content-visibility: visible; height: auto; }
   summary { list-style: none; }
