@@ -11,19 +11,19 @@ from ddkmix.checkpoint import claim_run, config_changes, find_run, load_checkpoi
 from ddkmix.config import RunConfig
 from ddkmix.distillation import DistillationModel
 from ddkmix.errors import ConfigError, RunError
-from ddkmix.evaluator import Evaluator, select_rows
+from ddkmix.evaluator import Evaluator
 from ddkmix.matching import Matching, consistency_of, hidden_match_of
 from ddkmix.metrics import LossWindow
 from ddkmix.models import build_student, save_student
 from ddkmix.pack import PackedDomain
 from ddkmix.policies import WeightPolicy
 from ddkmix.preflight import Prepared, check
-from ddkmix.prepare import open_mixture, open_rows, storage_of
+from ddkmix.prepare import open_mixture, open_rows
 from ddkmix.provenance import DataBlock, describe, record_data
 from ddkmix.reweighting import Reweighter
 from ddkmix.signals import noting_signals
 from ddkmix.teacher import LiveTeacher, SignalSource
-from ddkmix.teaching import open_teachers, open_teaching, teacher_sums
+from ddkmix.teaching import open_evaluator, open_teachers, open_teaching, teacher_sums
 from ddkmix.trackers import check_taken
 from ddkmix.tracking import progress_bar
 from ddkmix.trainer import Run, run_loop, token_nats
@@ -105,25 +105,21 @@ def measure_gaps(config: RunConfig) -> tuple[DomainLosses, WeightPolicy]:
     accelerator = _accelerator(config)
     with accelerator.main_process_first():
         packed = open_rows(prepared, shown=accelerator.is_main_process)
-    evaluator = open_evaluator(config, packed, accelerator)
+    evaluator = _evaluator(config, packed, accelerator)
     sums = teacher_sums(prepared, evaluator, open_teachers(prepared, accelerator.device))
     student = build_student(config.student, config.teacher, seed=config.seed).eval()
     model = accelerator.prepare_model(_distillation(prepared, student), evaluation_mode=True)
     return evaluator.measure(token_nats(model), sums), prepared.policy
 
 
-def open_evaluator(config: RunConfig, packed: dict[str, PackedDomain], accelerator: Any) -> Evaluator:
-    """The evaluator of a config's held-out rows."""
-    return Evaluator(
-        held_out={
-            name: select_rows(domain.held_out, config.evaluation.rows) for name, domain in packed.items()
-        },
-        batch_rows=config.evaluation.batch_rows,
+def _evaluator(config: RunConfig, packed: dict[str, PackedDomain], accelerator: Any) -> Evaluator:
+    return open_evaluator(
+        config,
+        {name: domain.held_out for name, domain in packed.items()},
         device=accelerator.device,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
-        storage=storage_of(config),
     )
 
 
@@ -154,7 +150,7 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
     mixture = open_mixture(
         config, packed, rank=accelerator.process_index, world_size=accelerator.num_processes
     )
-    evaluator = open_evaluator(config, packed, accelerator)
+    evaluator = _evaluator(config, packed, accelerator)
     train_rows = {name: domain.train for name, domain in packed.items()}
     teaching = open_teaching(prepared, train_rows, evaluator, mixture.domains)
     student = build_student(config.student, config.teacher, seed=config.seed)
