@@ -12,6 +12,7 @@ import typer
 
 from ddkmix.errors import ConfigError, DdkmixError, Interrupted
 from ddkmix.replay_command import replay
+from ddkmix.report_commands import Config, Overrides, check_format, gaps, seen, show
 
 app = typer.Typer(
     name="ddkmix",
@@ -22,11 +23,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Config = Annotated[Path, typer.Argument(help="YAML config.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="key=value for a config field: trainer.steps=20.", show_default=False),
-]
 FormatOption = Annotated[str, typer.Option("--format", help="table, json or markdown.")]
 
 
@@ -51,7 +47,7 @@ def pack(
     from ddkmix.prepare import pack_rows, publish_rows
     from ddkmix.report.packing import render_packing
 
-    _check_format(style)
+    check_format(style)
     share = parse_part(part) if part is not None else None
     run = _load(config, overrides)
     tokenizer, _ = read_tokenizers(run, build_terms(run.loss))
@@ -85,7 +81,7 @@ def index(
     from ddkmix.report.packing import render_packing
     from ddkmix.tokenizer import read_tokenizer
 
-    _check_format(style)
+    check_format(style)
     card = read_tokenizer(tokenizer, separator=separator)
     domain = name or folder.resolve().name
     manifest = index_rows(folder, card, seq_len=seq_len, name=domain, license=license)
@@ -125,7 +121,7 @@ def plan(
     style: FormatOption = "table",
 ) -> None:
     """Show what a run will serve, or where it is heading: rows, tokens and epochs per domain, limits."""
-    _check_format(style)
+    check_format(style)
     if config.is_dir():
         from ddkmix.report.plan import render_run_plan
 
@@ -201,7 +197,7 @@ def capture(
     from ddkmix.options import quiet_libraries
     from ddkmix.pack import parse_part
 
-    _check_format(style)
+    check_format(style)
     share = parse_part(part) if part is not None else None
     run = _load(config, overrides)
     quiet_libraries()
@@ -219,70 +215,8 @@ def capture(
         print(render_captured(totals, style))  # type: ignore[arg-type]  # checked above
 
 
-@app.command()
-def gaps(
-    config: Annotated[Path | None, typer.Argument(help="YAML config.", show_default=False)] = None,
-    overrides: Overrides = None,
-    student: Annotated[
-        str | None, typer.Option(help="Folder or Hub id; the config's student when unset.")
-    ] = None,
-    teacher: Annotated[str | None, typer.Option(help="Folder or Hub id.")] = None,
-    domains: Annotated[str | None, typer.Option(help="Cards: a file, glob or folder.")] = None,
-    style: FormatOption = "table",
-) -> None:
-    """Report how far a student is from a teacher in each domain."""
-    _check_format(style)
-    if config is not None and "=" in config.name and not config.exists():
-        overrides, config = [str(config), *(overrides or [])], None
-    from ddkmix.options import gaps_config, quiet_libraries
-
-    run = gaps_config(config, overrides, student, teacher, domains)
-    quiet_libraries()
-    from ddkmix.policies.ddk import Ddk
-    from ddkmix.report.gaps import ddk_weights, render_gaps
-    from ddkmix.setup import measure_gaps
-
-    losses, policy = measure_gaps(run)
-    weights = ddk_weights(losses, policy if isinstance(policy, Ddk) else None)
-    print(render_gaps(losses, weights, style))  # type: ignore[arg-type]  # checked above
-
-
-@app.command()
-def show(
-    run_dir: Annotated[Path, typer.Argument(help="Run directory.", show_default=False)],
-    style: FormatOption = "table",
-) -> None:
-    """Show a run's history: gaps, weights, rows served, epochs so far and at the end."""
-    from ddkmix.report.history import render_history
-
-    _check_format(style)
-    print(render_history(run_dir, style))  # type: ignore[arg-type]  # checked above
-
-
-@app.command()
-def seen(
-    run_dir: Annotated[Path, typer.Argument(help="Run directory.", show_default=False)],
-    step: Annotated[
-        str, typer.Option(help="Optimizer step, counted from 1 as in metrics.jsonl; 10:20 for several.")
-    ],
-    domain: Annotated[str | None, typer.Option(help="Only the rows of this domain.")] = None,
-    style: Annotated[str, typer.Option("--format", help="table, json, markdown or text.")] = "table",
-    chars: Annotated[
-        int | None,
-        typer.Option(min=0, help="Characters of text per row: 80 in tables, all elsewhere; 0 for no text."),
-    ] = None,
-) -> None:
-    """Show the rows that a past step was served: name, place, epoch and text."""
-    from ddkmix.report.seen import parse_steps, render_seen
-
-    _check_format(style, "table", "json", "markdown", "text")
-    report = render_seen(run_dir, parse_steps(step), style, domain=domain, chars=chars)  # type: ignore[arg-type]
-    print(report.text)
-    for note in report.notes:
-        print(f"ddkmix: {note}", file=sys.stderr)
-
-
-app.command()(replay)
+for command in (gaps, show, replay, seen):
+    app.command()(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -310,9 +244,3 @@ def _load(config: Path, overrides: Sequence[str] | None) -> Any:
     from ddkmix.config import load_config
 
     return load_config(config, overrides or [])
-
-
-def _check_format(style: str, *known: str) -> None:
-    known = known or ("table", "json", "markdown")
-    if style not in known:
-        raise ConfigError(f"--format {style}: must be {', '.join(known[:-1])} or {known[-1]}.")

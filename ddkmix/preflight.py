@@ -1,6 +1,5 @@
 """Every check that needs no model: what `lint` runs alone, and `train` before anything expensive."""
 
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ddkmix.policies import Guarded, WeightPolicy, build_policy, guarded, next_s
 from ddkmix.storage.location import is_remote
 from ddkmix.teachers import DEFAULT, Teachers, find_teachers
 from ddkmix.tokenizer import TokenizerCard, check_separator, read_tokenizer, tokenizer_fingerprint
+from ddkmix.trackers import check_trackers
 from ddkmix.types import DomainLosses
 
 
@@ -74,7 +74,7 @@ def check(config: RunConfig) -> Prepared:
     terms = build_terms(config.loss)
     check_weights(terms, config.trainer.steps, config.schedule)
     _check_batch(config)
-    _check_trackers(config)
+    check_trackers(config.tracking.trackers)
     teacher = read_model_config(config.teacher.model, config.teacher.revision)
     tokenizer, teacher_tokenizer = read_tokenizers(config, terms)
     if config.trainer.document_boundaries:
@@ -209,12 +209,6 @@ def _check_batch(config: RunConfig) -> None:
             f"trainer.batch_rows = {rows} cannot be dealt evenly to {world_size} processes; use a multiple "
             f"of {world_size}."
         )
-
-
-def _check_trackers(config: RunConfig) -> None:
-    for name in config.tracking.trackers:
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"tracking.trackers: {name!r} is not installed; pip install {name}.")
 
 
 def _check_local_rows(config: RunConfig, domains: tuple[Domain, ...], tokenizer: TokenizerCard) -> None:

@@ -309,6 +309,7 @@ class Tracking(Section):
     """Experiment trackers beside the JSONL files, by Accelerate's names."""
 
     trackers: tuple[str, ...] = ()
-    """For example [tensorboard], [wandb], [trackio]; each must be installed."""
+    """For example [tensorboard], [wandb], [mlflow], [trackio], which must be installed; or the name of a
+    class that was given to `accelerate.tracking.register_tracker_class`."""
     project: str = "ddkmix"
     """The project's name at the tracker."""

@@ -25,6 +25,7 @@ from ddkmix.reweighting import Reweighter
 from ddkmix.signals import noting_signals
 from ddkmix.teacher import LiveTeacher, SignalSource
 from ddkmix.teaching import open_evaluator, open_teachers, open_teaching, teacher_sums
+from ddkmix.trackers import check_taken
 from ddkmix.tracking import progress_bar
 from ddkmix.trainer import Run, run_loop, token_nats
 from ddkmix.types import DomainLosses
@@ -128,11 +129,13 @@ def _accelerator(config: RunConfig) -> Any:
     from accelerate.utils import set_seed
 
     set_seed(config.seed)
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=config.trainer.mixed_precision,
         log_with=list(config.tracking.trackers) or None,
         project_dir=str(config.run_dir),
     )
+    check_taken(config.tracking.trackers, accelerator.log_with)
+    return accelerator
 
 
 def _from_main(accelerator: Any, value: Any) -> Any:

@@ -27,6 +27,7 @@ from ddkmix.projection import Projection, news, project
 from ddkmix.reweighting import Reweighter, check_agreement
 from ddkmix.schedule import lr_multiplier
 from ddkmix.teacher import SignalSource
+from ddkmix.trackers import evaluation_metrics
 from ddkmix.tracking import Bar, JsonLines, read_lines, weights_note
 from ddkmix.types import DomainLosses
 
@@ -268,6 +269,7 @@ def _record(
 
 def _write_interval(run: Run, step: int, losses: DomainLosses) -> None:
     weights = run.mixture.weights
+    run.accelerator.log(evaluation_metrics(losses, weights), step=step)
     if not run.main:
         return
     run.last_interval = {

@@ -58,6 +58,7 @@ LAYERS = {
     "plan_queue": 6,
     "projection": 6,
     "provenance": 7,
+    "trackers": 7,
     "stream": 7,
     "ranks": 7,
     "planned_mixture": 8,
@@ -107,6 +108,7 @@ LAYERS = {
     "report": 27,
     "options": 27,
     "replay_command": 28,
+    "report_commands": 28,
     "cli": 29,
     "__init__": 29,
     "__main__": 30,
@@ -305,7 +307,8 @@ def test_past_steps_and_projections_load_nothing_heavy(tmp_path, tiny_config, wr
 
     tree = tiny_config(trainer={"steps": 2})
     train(load_config(write_config(tree)))
-    for arguments in (("seen", tree["run_dir"], "--step", "1"), ("plan", tree["run_dir"])):
+    page = ("show", tree["run_dir"], "--format", "html")
+    for arguments in (("seen", tree["run_dir"], "--step", "1"), ("plan", tree["run_dir"]), page):
         assert [] == heavy_modules(run_main(*arguments), tmp_path)
 
 

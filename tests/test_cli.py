@@ -193,7 +193,7 @@ def test_overrides_reach_the_config_and_its_policy(
         ("pack.separator=<eos>", "pack.separator = '<eos>' is not a token"),
         ("teacher.model=/nowhere/model", "/nowhere/model: no such folder"),
         ("domains=[/nowhere/*.yaml]", "matches no card"),
-        ("tracking.trackers=[no_such_tracker]", "'no_such_tracker' is not installed"),
+        ("tracking.trackers=[no_such_tracker]", "'no_such_tracker' is unknown; known: aim, clearml"),
         ("mixture.max_epochs=0", "mixture.max_epochs = 0"),
         ("policy={name: static, weights: {code: 1}}", "missing domains ['math', 'prose']"),
         ("trainer.steps", "override 'trainer.steps' must be key=value"),
@@ -321,7 +321,7 @@ def test_unknown_commands_and_options_end_with_code_2(capsys: pytest.CaptureFixt
     """Typing errors are answered with the nearest command."""
     assert ddkmix("trian") == 2
     assert "Did you mean 'train'" in capsys.readouterr().err
-    assert "must be table, json or markdown" in refused(capsys, "show", "x", "--format", "yaml")
+    assert "must be table, json, markdown, html or png" in refused(capsys, "show", "x", "--format", "yaml")
     assert "is not a run directory" in refused(capsys, "show", "/nowhere")
     assert "is not a run directory" in refused(capsys, "seen", "/nowhere", "--step", "1")
     assert "table, json, markdown or text" in refused(capsys, "seen", "x", "--step", "1", "--format", "yaml")

@@ -1,0 +1,174 @@
+"""Charts as SVG that stretches with the page while its text and lines keep their size.
+
+Places across are percentages, places down are pixels; only curves lie in a nested drawing that is stretched,
+with strokes that are not. So one drawing serves a phone, a wide screen and paper, without a script. Curves
+differ by colour, by dashes and by a label at their end, and colours are named in the style sheet alone.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from ddkmix.report.markup import Html, element
+from ddkmix.report.scales import Axis, axis_over, short, spread
+
+STYLES = 8
+"""Curves that can be told apart; others are thin and grey, and are named in tables."""
+_LEFT, _RIGHT, _LABELS = 12.0, 68.0, 72.0
+"""Per cent of a chart's width: where curves begin and end, and where their labels begin."""
+_TOP, _HEIGHT, _BOTTOM = 8.0, 190.0, 22.0
+SPAN = 1000
+"""Width of the drawing that is stretched."""
+_LABEL_CHARS = 14
+_DOTS_UP_TO = 16
+"""Evaluations that are marked one by one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curve:
+    """One line of a chart."""
+
+    name: str
+    xs: Float[np.ndarray, " points"]
+    ys: Float[np.ndarray, " points"]
+    """nan where unknown: the line has a hole there."""
+    style: int | None = None
+    """0 to 7, or None for one of many."""
+    stepped: bool = False
+    """A value holds until the next."""
+    errors: Float[np.ndarray, " points"] | None = None
+    """Half the length of the bar through each point."""
+
+
+def time_chart(key: str, title: str, summary: str, curves: Sequence[Curve], *, zero: bool) -> Html:
+    """Curves over steps, with labels at their ends.
+
+    Args:
+        key: unique on the page.
+        title: what is drawn, with its unit.
+        summary: the chart in a sentence, for those who cannot see it.
+        curves: at least one.
+        zero: whether the range begins at 0.
+    """
+    x = axis_over((v for curve in curves for v in curve.xs), tight=True, count=4)
+    y = axis_over((v for curve in curves for v in curve.ys), zero=zero)
+    named = [curve for curve in curves if curve.style is not None]
+    grey = [line_of(curve, x, y, _HEIGHT) for curve in curves if curve.style is None]
+    parts = [
+        *([element("path", class_="line many", d="".join(grey))] if grey else []),
+        *(part for curve in named for part in _drawn(curve, x, y)),
+    ]
+    stretched = element(
+        "svg",
+        *parts,
+        class_="curves",
+        x=f"{_LEFT}%",
+        y=_TOP,
+        width=f"{_RIGHT - _LEFT}%",
+        height=_HEIGHT,
+        viewBox=f"0 0 {SPAN} {_HEIGHT:g}",
+        preserveAspectRatio="none",
+        aria_hidden="true",
+    )
+    height = _TOP + _HEIGHT + _BOTTOM
+    heading = f"{title} (log scale)" if y.log else title
+    return _figure(key, heading, summary, height, *_grid(x, y), stretched, *_labels(named, y))
+
+
+def _figure(key: str, title: str, summary: str, height: float, *parts: Html) -> Html:
+    drawing = element(
+        "svg",
+        element("title", title, id=f"{key}-t"),
+        element("desc", summary, id=f"{key}-d"),
+        *parts,
+        class_="chart",
+        role="img",
+        aria_labelledby=f"{key}-t {key}-d",
+        width="100%",
+        height=height,
+    )
+    return element("figure", element("figcaption", title), drawing, class_="chart")
+
+
+def _grid(x: Axis, y: Axis) -> list[Html]:
+    """Lines at the ticks and their numbers."""
+    parts = []
+    for tick in y.ticks:
+        place = _TOP + down(y, tick)
+        parts.append(element("line", x1=f"{_LEFT}%", x2=f"{_RIGHT}%", y1=place, y2=place, class_="grid"))
+        parts.append(element("text", short(tick), x=f"{_LEFT - 1.5}%", y=place + 3.5, class_="tick end"))
+    bottom = _TOP + _HEIGHT
+    parts.append(element("line", x1=f"{_LEFT}%", x2=f"{_RIGHT}%", y1=bottom, y2=bottom, class_="axis"))
+    for tick in x.ticks:
+        across = f"{_LEFT + (_RIGHT - _LEFT) * x.at(tick):.1f}%"
+        parts.append(element("text", short(tick), x=across, y=bottom + 15, class_="tick middle"))
+    parts.append(element("text", "step", x=f"{_LABELS}%", y=bottom + 15, class_="tick"))
+    return parts
+
+
+def _drawn(curve: Curve, x: Axis, y: Axis) -> list[Html]:
+    """A curve with the bars of its errors and a dot for every evaluation."""
+    parts = []
+    style = f"s{curve.style}"
+    if curve.errors is not None:
+        ends = zip(curve.xs, curve.ys - curve.errors, curve.ys + curve.errors, strict=True)
+        bars = "".join(
+            f"M{SPAN * x.at(at):.0f} {down(y, low):.1f}V{down(y, high):.1f}"
+            for at, low, high in ends
+            if math.isfinite(low + high)
+        )
+        if bars:
+            parts.append(element("path", class_=f"bars {style}", d=bars))
+    parts.append(element("path", class_=f"line {style}", d=line_of(curve, x, y, _HEIGHT)))
+    if len(curve.xs) <= _DOTS_UP_TO:
+        dots = "".join(
+            f"M{SPAN * x.at(at):.0f} {down(y, value):.1f}h0"
+            for at, value in zip(curve.xs, curve.ys, strict=True)
+            if math.isfinite(value)
+        )
+        parts.append(element("path", class_=f"dots {style}", d=dots))
+    return parts
+
+
+def down(y: Axis, value: float, height: float = _HEIGHT) -> float:
+    """Pixels below the top of the curves."""
+    return height * (1 - y.at(value))
+
+
+def line_of(curve: Curve, x: Axis, y: Axis, height: float) -> str:
+    """The path of a curve; a point alone becomes a dot, because its line has length 0 and round ends."""
+    path, pen_down = [], False
+    for at, value in zip(curve.xs, curve.ys, strict=True):
+        if not math.isfinite(value):
+            pen_down = False
+            continue
+        across, place = f"{SPAN * x.at(at):.0f}", f"{down(y, value, height):.1f}"
+        if not pen_down:
+            path.append(f"M{across} {place}h0")
+        else:
+            path.append(f"H{across}V{place}" if curve.stepped else f"L{across} {place}")
+        pen_down = True
+    return "".join(path)
+
+
+def _labels(curves: Sequence[Curve], y: Axis) -> list[Html]:
+    """The names at the ends of the curves, with a line that leads there and shows colour and dashes."""
+    ended = []
+    for curve in curves:
+        known = curve.ys[np.isfinite(curve.ys)]
+        if len(known):
+            ended.append((curve, _TOP + down(y, float(known[-1]))))
+    places = spread([end for _, end in ended], apart=14.0, low=_TOP + 4, high=_TOP + _HEIGHT)
+    parts = []
+    for (curve, end), place in zip(ended, places, strict=True):
+        style = f"line s{curve.style}"
+        parts.append(element("line", x1=f"{_RIGHT}%", x2=f"{_LABELS - 0.5}%", y1=end, y2=place, class_=style))
+        parts.append(element("text", _cut(curve.name), x=f"{_LABELS}%", y=place + 3.5, class_="label"))
+    return parts
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LABEL_CHARS else name[: _LABEL_CHARS - 1] + "…"

@@ -1,0 +1,160 @@
+"""A story as one picture, drawn by matplotlib: for papers, slides and chats that take no page.
+
+It shows what the page shows, in the same order: the gaps now, curves over time, and each domain by itself.
+Figures are made without pyplot, which would keep them and choose a window.
+"""
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+
+from ddkmix.report.charts import STYLES
+from ddkmix.report.scales import axis_over, binned, thinned
+from ddkmix.report.story import Z_95, Story
+from ddkmix.report.updates import update_rows
+
+_COLOURS = ("#0072b2", "#c04e00", "#00805c", "#882255", "#8a6a00", "#aa4499", "#3a86b8", "#4a4f55")
+_DASHES = ("-", "--", ":", "-.")
+_WIDTH, _ROW, _CARD = 10.0, 2.6, 1.25
+"""Inches: of the picture, and the height of a row of charts and of small charts."""
+_CARDS = 6
+"""In a row."""
+_POINTS, _BINS = 200, 500
+_PLAIN = {"parse_math": False}
+"""A name with $ in it is a name, not a formula."""
+
+
+def render_picture(story: Story) -> bytes:
+    """A PNG at 150 dots per inch; the mark of our reports is in its metadata."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    timed = len(story.moments) > 1
+    count = len(story.domains)
+    heights = [1.2 + 0.2 * count]
+    if timed:
+        heights += [3 * _ROW, 0.9 + _CARD * math.ceil(count / _CARDS)]
+    with rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(_WIDTH, sum(heights)))
+        FigureCanvasAgg(figure)
+        parts = np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights))
+        parts[0].suptitle(f"{story.title}\n{story.status}", y=1 - 0.1 / heights[0], **_PLAIN)
+        _gaps(parts[0], story)
+        _margins(parts[0], heights[0], left=0.3 + 0.065 * max(len(_short(name)) for name in story.domains))
+        if timed:
+            _over_time(parts[1], story)
+            _margins(parts[1], heights[1], top=0.3)
+            _cards(parts[2], story)
+            _margins(parts[2], heights[2])
+        target = io.BytesIO()
+        figure.savefig(target, format="png", dpi=150, metadata={"Software": "ddkmix report"})
+    return target.getvalue()
+
+
+def _margins(part: Any, height: float, *, left: float = 0.5, top: float = 0.6) -> None:
+    """Room around charts, in inches; matplotlib's own layouts take seconds for sixty of them."""
+    part.subplots_adjust(
+        left=left / _WIDTH, right=1 - 0.2 / _WIDTH, bottom=0.45 / height, top=1 - top / height, hspace=0.35
+    )
+
+
+def _gaps(part: Any, story: Story) -> None:
+    """Dots with 95 % intervals, the largest at the top."""
+    axes = part.subplots()
+    places = np.arange(len(story.domains))
+    gaps = story.gaps(story.last)
+    errors = Z_95 * np.array([story.last.value("gap_error", name) for name in story.domains])
+    known = np.isfinite(gaps)
+    axes.barh(places[known], gaps[known], height=0.45, color="#b9d3e6")
+    sure = known & np.isfinite(errors)
+    axes.errorbar(gaps[sure], places[sure], xerr=errors[sure], fmt="none", ecolor="#1b1f24", capsize=2, lw=1)
+    axes.plot(gaps[known], places[known], "o", color=_COLOURS[0], ms=4)
+    axes.set_yticks(places, [_short(name) for name in story.domains], **_PLAIN)
+    axes.set_ylim(len(story.domains) - 0.4, -0.6)
+    axes.axvline(0.0, color="#59636e", lw=0.8)
+    axes.set_xlabel("loss gap with its 95 % interval, nats per token")
+
+
+def _over_time(part: Any, story: Story) -> None:
+    cells = part.subplots(3, 2).ravel()
+    shown = thinned(len(story.moments), _POINTS)
+    columns = (
+        ("loss gap, nats per token", "loss_gap"),
+        ("mixture weight of the steps that follow", "weights"),
+        ("rows served", "served"),
+        ("epochs", "epochs"),
+    )
+    for axes, (title, column) in zip(cells, columns, strict=False):
+        for i in reversed(range(len(story.domains))):  # the largest gaps on top
+            name = story.domains[i]
+            values = story.over_time(column, name)[shown]
+            own = i < STYLES
+            style: dict[str, Any] = {"color": "#59636e", "lw": 0.5, "alpha": 0.4}
+            if own:
+                style = {"color": _COLOURS[i], "ls": _DASHES[i % 4], "lw": 1.4, "label": _short(name)}
+            drawstyle = "steps-post" if column == "weights" else "default"
+            axes.plot(story.steps[shown], values, drawstyle=drawstyle, **style)
+            if own and column == "loss_gap":
+                errors = Z_95 * story.over_time("gap_error", name)[shown]
+                axes.errorbar(story.steps[shown], values, errors, fmt="none", ecolor=_COLOURS[i], lw=0.7)
+        _finish(axes, title, log=column == "loss_gap" and _is_log(story, shown))
+    _legend(cells[0])
+    rows = update_rows(story)
+    cells[4].plot(story.steps, [row.worst for row in rows], "--", color=_COLOURS[1], label="worst")
+    cells[4].plot(story.steps, [row.mean for row in rows], "-", color=_COLOURS[0], label="mean")
+    _finish(cells[4], "mean and worst gap, nats per token", log=_is_log(story, shown))
+    _legend(cells[4])
+    xs, ys = binned(story.objective, _BINS)
+    cells[5].plot(xs, ys, color=_COLOURS[0], lw=1)
+    _finish(cells[5], "training objective, nats per token", log=axis_over(ys).log)
+
+
+def _cards(part: Any, story: Story) -> None:
+    """Losses of student (with the gap's interval) and teacher, on the same axes for all domains."""
+    rows = math.ceil(len(story.domains) / _CARDS)
+    cells = part.subplots(rows, _CARDS, sharex=True, sharey=True, squeeze=False).ravel()
+    shown = thinned(len(story.moments), _POINTS)
+    steps = story.steps[shown]
+    every = [story.over_time(c, n)[shown] for c in ("student_loss", "teacher_loss") for n in story.domains]
+    log = axis_over(np.concatenate(every)).log
+    for axes, name in zip(cells, story.domains, strict=False):
+        student, teacher = (story.over_time(f"{who}_loss", name)[shown] for who in ("student", "teacher"))
+        errors = Z_95 * story.over_time("gap_error", name)[shown]
+        axes.fill_between(steps, student - errors, student + errors, color=_COLOURS[0], alpha=0.2, lw=0)
+        axes.plot(steps, student, color=_COLOURS[0], lw=1.2, marker=".", ms=2)
+        axes.plot(steps, teacher, color=_COLOURS[1], ls="--", lw=1)
+        _finish(axes, _short(name), log=log)
+    for axes in cells[len(story.domains) :]:
+        axes.set_visible(False)
+    part.suptitle("losses by domain, nats per token: student (solid, 95 % band) and teacher (dashed)", y=0.99)
+
+
+def _finish(axes: Any, title: str, *, log: bool) -> None:
+    axes.set_title(f"{title} (log scale)" if log and "nats" in title else title, fontsize=8, **_PLAIN)
+    if log:
+        from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(color="#d5dae0", lw=0.5)
+    axes.set_axisbelow(True)
+
+
+def _legend(axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    legend = axes.legend(handles[::-1], labels[::-1], fontsize=7, frameon=False, ncols=2)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _is_log(story: Story, shown: list[int]) -> bool:
+    return axis_over(v for name in story.domains for v in story.over_time("loss_gap", name)[shown]).log
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 22 else name[:21] + "…"

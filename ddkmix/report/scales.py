@@ -1,0 +1,125 @@
+"""From numbers to places on a chart: ranges, linear or logarithmic, with ticks at round numbers."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+_LOG_FROM, _LOG_TO = 5.0, 1e5
+"""A chart is logarithmic where the largest value is this many times the smallest: a student that starts 16
+nats behind would flatten everything that follows, and a gap of nearly nothing would take all the room."""
+_MOST_LOG_TICKS = 6
+_MARGIN = 0.04
+"""Share of the range that stays free above and below."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axis:
+    """A range of values and where each lies on it."""
+
+    low: float
+    high: float
+    log: bool
+    ticks: tuple[float, ...]
+    """Round numbers within the range."""
+
+    def at(self, value: float) -> float:
+        """The share of the axis below a value, kept within 0 and 1; nan for what is no number."""
+        if math.isnan(value):
+            return math.nan
+        low, high = (math.log(end) if self.log else end for end in (self.low, self.high))
+        if self.log:
+            value = math.log(value) if value > 0 else -math.inf
+        return min(max((value - low) / (high - low), 0.0), 1.0)
+
+
+def axis_over(values: Iterable[float], *, zero: bool = False, tight: bool = False, count: int = 4) -> Axis:
+    """An axis for all finite values.
+
+    Args:
+        values: what is to be drawn.
+        zero: the range begins at 0 (or below) and is linear, as for shares and counts.
+        tight: no free room at the ends and never logarithmic, as for steps.
+        count: about how many ticks.
+    """
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    low, high = min(finite), max(finite)
+    if zero:
+        low = min(low, 0.0)
+    if not (zero or tight) and low > 0 and _LOG_FROM < high / low < _LOG_TO:
+        low, high = low / 1.15, high * 1.15
+        return Axis(low=low, high=high, log=True, ticks=_log_ticks(low, high))
+    room = 0.0 if tight else _MARGIN * (high - low)
+    low, high = low - (0.0 if zero and low == 0 else room), high + room
+    if not high > low:  # a single value
+        low, high = (low, low + 1.0) if tight or zero else (low - 0.5, high + 0.5)
+    return Axis(low=low, high=high, log=False, ticks=_ticks(low, high, count))
+
+
+def _ticks(low: float, high: float, count: int) -> tuple[float, ...]:
+    rough = (high - low) / count
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = next((size * k for k in (1, 2, 2.5, 5) if size * k >= rough), size * 10)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return tuple(float(f"{k * step:.12g}") for k in range(first, last + 1))
+
+
+def _log_ticks(low: float, high: float) -> tuple[float, ...]:
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for parts in ((1, 2, 5), (1, 3), (1,)):
+        ticks = tuple(k * 10.0**power for power in powers for k in parts if low <= k * 10.0**power <= high)
+        if len(ticks) <= _MOST_LOG_TICKS:
+            break
+    return ticks
+
+
+def spread(places: Sequence[float], *, apart: float, low: float, high: float) -> list[float]:
+    """Places of labels as near as may be to those wanted, at least `apart` from each other, within a range.
+
+    All of them in pixels, in the order given; where the range is too short for all, they are evenly spaced.
+    """
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    if len(places) > 1:
+        apart = min(apart, (high - low) / (len(places) - 1))
+    found = [0.0] * len(places)
+    floor = low
+    for i in order:  # down: no label above its neighbour's end
+        found[i] = max(places[i], floor)
+        floor = found[i] + apart
+    ceiling = high
+    for i in reversed(order):  # and up again, where the last ones ran over the end
+        found[i] = min(found[i], ceiling)
+        ceiling = found[i] - apart
+    return found
+
+
+def thinned(count: int, most: int) -> list[int]:
+    """At most `most` positions out of `count`, evenly, always with the first and the last."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
+
+
+def binned(
+    points: Sequence[tuple[float, float]], most: int
+) -> tuple[Float[np.ndarray, " bins"], Float[np.ndarray, " bins"]]:
+    """A long noisy series as at most `most` means of neighbours; values that are no number are left out."""
+    known = [(x, y) for x, y in points if math.isfinite(y)]
+    parts = np.array_split(np.array(known).reshape(-1, 2), max(min(most, len(known)), 1))
+    means = np.array([part.mean(axis=0) for part in parts if len(part)]).reshape(-1, 2)
+    return means[:, 0], means[:, 1]
+
+
+def short(value: float) -> str:
+    """A tick's number in few characters: 0.25, 12, 40k, 1.5M; 10k and more are in thousands."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= (size if unit != "k" else 10 * size):
+            return f"{value / size:.4g}{unit}"
+    return f"{value:.10g}"
+
+
+def digits(value: float, style: str = ".3f") -> str:
+    """A number for a table; a dash for what is not known."""
+    return format(value, style) if math.isfinite(value) else "–"

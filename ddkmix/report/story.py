@@ -1,0 +1,210 @@
+"""What a page or a picture tells: a run, from its directory alone, or one measurement without a run.
+
+Everything that draws starts from a `Story`: numbers that are not known are nan in it and nothing else, and
+domains stand in one order everywhere, the one furthest behind first.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jaxtyping import Float
+
+from ddkmix.checkpoint import read_run_config
+from ddkmix.config import RunConfig, dump_config
+from ddkmix.errors import RunError
+from ddkmix.provenance import read_blocks
+from ddkmix.report.history import read_intervals
+from ddkmix.tracking import read_lines
+from ddkmix.types import DomainLosses
+
+Z_95 = 1.959964
+"""A normal variable lies within this many standard errors of its mean with probability 0.95."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Moment:
+    """One evaluation; a domain that it does not name was not in the run then."""
+
+    step: int
+    """Optimizer steps taken before."""
+    losses: Mapping[str, Mapping[str, Any]]
+    """`DomainLosses.to_json`; nats per token."""
+    weights: Mapping[str, float]
+    """Mixture weights of the steps that follow."""
+    served: Mapping[str, float]
+    """Rows served so far."""
+    epochs: Mapping[str, float]
+    """Passes over the domain's train rows so far."""
+
+    def value(self, column: str, domain: str) -> float:
+        """A number of one domain, `weights`, `served`, `epochs` or a column of losses; nan where unknown."""
+        own = {"weights": self.weights, "served": self.served, "epochs": self.epochs}
+        of_domain: Mapping[str, Any] = self.losses.get(domain, {})
+        found = own[column].get(domain) if column in own else of_domain.get(column)
+        return float(found) if found is not None and math.isfinite(found) else math.nan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Story:
+    """A run as a report tells it, or a single measurement."""
+
+    title: str
+    status: str
+    """One sentence: where the run is."""
+    share_done: float | None
+    """Of the run's steps; None where there is no run."""
+    facts: tuple[tuple[str, str], ...]
+    """What stands under the title, as (name, value)."""
+    domains: tuple[str, ...]
+    """By the last gap, largest first; those without one last; equal ones by name."""
+    moments: tuple[Moment, ...]
+    """At least one, by step."""
+    objective: tuple[tuple[float, float], ...]
+    """(step, training objective in nats per token), in order."""
+    limits: Mapping[str, float | None]
+    """Passes allowed over a domain; None where there is no limit or it is not known."""
+    weights_title: str
+    """What the weights are."""
+    config: str
+    """As YAML."""
+
+    @property
+    def last(self) -> Moment:
+        """The newest evaluation."""
+        return self.moments[-1]
+
+    @property
+    def steps(self) -> Float[np.ndarray, " moments"]:
+        """Optimizer steps taken before each evaluation."""
+        return np.array([float(moment.step) for moment in self.moments])
+
+    def over_time(self, column: str, domain: str) -> Float[np.ndarray, " moments"]:
+        """A number of one domain at every evaluation; nan where unknown."""
+        return np.array([moment.value(column, domain) for moment in self.moments])
+
+    def gaps(self, moment: Moment) -> Float[np.ndarray, " N"]:
+        """Loss gaps in nats per token, in the order of `domains`; nan where unknown."""
+        return np.array([moment.value("loss_gap", name) for name in self.domains])
+
+
+def story_of_run(run_dir: Path) -> Story:
+    """A run as far as it has got; nothing outside its directory is read.
+
+    Raises:
+        RunError: the folder is not a run, nothing has been measured yet, or a file of it is damaged.
+    """
+    config = read_run_config(run_dir)
+    path = run_dir / "intervals.jsonl"
+    try:
+        moments = tuple(_moment(record) for record in read_intervals(run_dir))
+        path = run_dir / "metrics.jsonl"
+        lines = list(read_lines(path)) if path.exists() else []
+        objective = tuple((float(r["step"]), _number(r["train/objective"])) for r in lines)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RunError(f"{path} is damaged or of another version of ddkmix ({reason}).") from None
+    done = max([moments[-1].step, *(int(step) for step, _ in objective[-1:])])
+    steps = int(config["trainer"]["steps"])
+    tokens = lines[-1].get("train/total_tokens") if lines else None
+    return Story(
+        title=run_dir.resolve().name,
+        status=_status(run_dir, done=done, steps=steps, measured=moments[-1].step),
+        share_done=min(done / steps, 1.0),
+        facts=(
+            ("policy", _one_line(config.get("policy", {}))),
+            ("rows served", f"{sum(moments[-1].served.values()):,.0f}"),
+            *([("tokens learned from", f"{tokens:,}")] if tokens else []),
+            ("evaluations", f"{len(moments):,}"),
+            ("last written", _last_written(run_dir)),
+        ),
+        domains=_by_gap(moments),
+        moments=moments,
+        objective=objective,
+        limits=_limits(run_dir),
+        weights_title="weight",
+        config=(run_dir / "config.yaml").read_text(encoding="utf-8"),
+    )
+
+
+def story_of_gaps(losses: DomainLosses, weights: Mapping[str, float], config: RunConfig) -> Story:
+    """One measurement without a run.
+
+    Args:
+        losses: of the student and its teacher, nats per token.
+        weights: the mixture that DDK would set on them, by domain; shares.
+        config: what was measured.
+    """
+    moment = Moment(step=0, losses=losses.to_json(), weights=weights, served={}, epochs={})
+    student, teacher = config.student, config.teacher.model
+    name = student.model or f"{student.init} of {teacher}"
+    return Story(
+        title=f"{name} against {teacher}",
+        status="One measurement on held-out text; nothing was trained.",
+        share_done=None,
+        facts=(("domains", f"{len(losses.domains):,}"), ("predicted tokens", f"{losses.num_tokens.sum():,}")),
+        domains=_by_gap((moment,)),
+        moments=(moment,),
+        objective=(),
+        limits={},
+        weights_title="DDK weight",
+        config=yaml.safe_dump(dump_config(config), sort_keys=False, allow_unicode=True),
+    )
+
+
+def _moment(record: Mapping[str, Any]) -> Moment:
+    shares = ({n: float(v) for n, v in record[key].items()} for key in ("weights", "served", "epochs"))
+    weights, served, epochs = shares
+    losses = {name: dict(row) for name, row in record["losses"].items()}
+    return Moment(step=int(record["step"]), losses=losses, weights=weights, served=served, epochs=epochs)
+
+
+def _by_gap(moments: Sequence[Moment]) -> tuple[str, ...]:
+    """Every domain that was ever in the run."""
+    names = {name for moment in moments for name in moment.losses}
+    last = {name: moments[-1].value("loss_gap", name) for name in names}
+    return tuple(sorted(names, key=lambda name: (math.isnan(last[name]), -np.nan_to_num(last[name]), name)))
+
+
+def _status(run_dir: Path, *, done: int, steps: int, measured: int) -> str:
+    """The directory cannot tell a run that goes on from one that was killed, so neither is claimed."""
+    if measured >= steps:
+        return f"Finished: {steps:,} steps."
+    if (run_dir / "student").exists() and measured == done:
+        return f"Finished early: {done:,} of {steps:,} steps; no domain had rows left to serve."
+    return f"Not finished: step {done:,} of {steps:,}, last measured at step {measured:,}."
+
+
+def _limits(run_dir: Path) -> dict[str, float | None]:
+    if not (run_dir / "data.json").exists():  # a run of an older version
+        return {}
+    block = read_blocks(run_dir)[-1]
+    return {
+        name: domain.max_epochs for name, domain in zip(block.settings.domains, block.domains, strict=True)
+    }
+
+
+def _last_written(run_dir: Path) -> str:
+    logs = (run_dir / name for name in ("intervals.jsonl", "metrics.jsonl"))
+    newest = max(path.stat().st_mtime for path in logs if path.exists())
+    return datetime.fromtimestamp(newest, tz=UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _one_line(policy: Mapping[str, Any]) -> str:
+    """`ddk, signal loss_gap, uniform_mix 0.5`."""
+    others = (
+        f"{key} {value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in policy.items()
+        if key != "name"
+    )
+    return ", ".join([str(policy.get("name", "")), *others])
