@@ -15,20 +15,22 @@ from jaxtyping import Float
 
 from ddkmix.config import RunConfig
 from ddkmix.errors import DataError
-from ddkmix.evaluator import Evaluator, NatsCache, select_rows
+from ddkmix.evaluator import Evaluator
+from ddkmix.held_out import select_rows
 from ddkmix.index import DomainRows
 from ddkmix.logits_store.card import StoreCard, read_card, serving_store, write_card
 from ddkmix.logits_store.hidden import save_head
 from ddkmix.logits_store.reader import sidecar_of
 from ddkmix.logits_store.sidecar import SidecarWriter, sidecar_path
 from ddkmix.logits_store.totals import Totals, total, totals_of_facts
+from ddkmix.nats_cache import NatsCache
 from ddkmix.pack import PackedDomain, Part
 from ddkmix.preflight import Prepared, check
 from ddkmix.prepare import open_rows, storage_of, store_cards, stores_folder
 from ddkmix.ranks import current_rank, from_main, sum_over_ranks
 from ddkmix.recording import Recorder, head_of_teacher
 from ddkmix.teacher import EnsembleTeacher, LiveTeacher
-from ddkmix.teaching import open_models, teacher_sums
+from ddkmix.teaching import measured_nats, open_models
 from ddkmix.tracking import progress_bar
 
 Teacher = LiveTeacher | EnsembleTeacher
@@ -269,7 +271,7 @@ def stored_sums(job: Capturing) -> dict[str, Float[np.ndarray, " R"]] | None:
 
 def _measure(job: Capturing, teachers: Mapping[str, Teacher]) -> None:
     evaluator = evaluator_of(job)
-    sums = teacher_sums(job.prepared, evaluator, teachers)
+    sums = measured_nats(job.prepared, evaluator, teachers).sums
     if job.rank == 0:
         for name, held_out in evaluator.held_out.items():
             held_out_cache(job.folder(name)).save(held_out, sums[name])

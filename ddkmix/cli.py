@@ -43,10 +43,10 @@ def pack(
     style: FormatOption = "table",
 ) -> None:
     """Turn the documents of a config's domains into rows of tokens."""
+    from ddkmix.common_tokenizer import read_tokenizers
     from ddkmix.domains import load_domains
     from ddkmix.losses import build_terms
     from ddkmix.pack import pack_report, parse_part
-    from ddkmix.preflight import read_tokenizers
     from ddkmix.prepare import pack_rows, publish_rows
     from ddkmix.report.packing import render_packing
 
@@ -235,9 +235,9 @@ def gaps(
 
     run = gaps_config(config, overrides, student, teacher, domains)
     quiet_libraries()
+    from ddkmix.gaps import measure_gaps
     from ddkmix.policies.ddk import Ddk
     from ddkmix.report.gaps import ddk_weights, render_gaps
-    from ddkmix.setup import measure_gaps
 
     losses, policy = measure_gaps(run)
     weights = ddk_weights(losses, policy if isinstance(policy, Ddk) else None)

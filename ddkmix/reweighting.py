@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from ddkmix.errors import ConfigError, DataError, DdkmixError, RunError
+from ddkmix.measures import needs_of
 from ddkmix.planned_mixture import PlannedMixture
 from ddkmix.planner import quantise
 from ddkmix.policies import PolicyState, WeightPolicy, next_state, policy_of, weights_of
@@ -54,8 +55,8 @@ class Reweighter:
         on_losses: called with (step, losses, weights now in force) after every measurement.
 
     Raises:
-        ConfigError: the policy is wrong, `interval_steps` is below 1, or evaluator and mixture are of
-            different domains.
+        ConfigError: the policy is wrong, `interval_steps` is below 1, evaluator and mixture are of different
+            domains, or the evaluator does not measure what the policy needs.
     """
 
     def __init__(
@@ -70,9 +71,11 @@ class Reweighter:
         if interval_steps < 1:
             raise ConfigError(f"interval_steps = {interval_steps}; it must be at least 1 optimizer step.")
         check_evaluator(evaluator, mixture.domains)
+        policy = policy_of(policy)
+        _check_measures(evaluator, policy)
         self.mixture: PlannedMixture[Any] = mixture
         """What it sets the weights of."""
-        self.policy: WeightPolicy = policy_of(policy)
+        self.policy: WeightPolicy = policy
         """What it asks."""
         self.interval_steps: int = interval_steps
         """Optimizer steps between two measurements."""
@@ -274,6 +277,16 @@ def check_evaluator(evaluator: object, domains: Sequence[str]) -> None:
         raise ConfigError(
             f"the evaluator measures {measured} and the mixture has {wanted}; they must be of the same "
             "domains. from_cards takes a folder, a glob or a list: give it the cards of these domains."
+        )
+
+
+def _check_measures(evaluator: object, policy: WeightPolicy) -> None:
+    """An evaluator that says what it measures must measure what the policy needs."""
+    lacking = sorted(needs_of(policy) - getattr(evaluator, "measures", needs_of(policy)))
+    if lacking:
+        raise ConfigError(
+            f"policy {type(policy).__name__} needs {' and '.join(lacking)}, which this evaluator does not "
+            f"measure; GapEvaluator(..., measures={lacking})."
         )
 
 

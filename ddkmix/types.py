@@ -120,8 +120,10 @@ class DomainLosses:
     def to_json(self) -> dict[str, dict[str, float | None]]:
         """One entry per domain, every number a plain Python one; None (JSON's null) if it is not finite.
 
-        Keys are the fields and properties of this class, in their units.
+        Keys are the fields and properties of this class, in their units; `excess_loss` and `forward_kl` only
+        where they were measured.
         """
+        measured = {"excess_loss": self.excess_loss, "forward_kl": self.forward_kl}
         columns = {
             "student_loss": self.student_loss,
             "teacher_loss": self.teacher_loss,
@@ -133,6 +135,7 @@ class DomainLosses:
             "teacher_bits_per_byte": self.teacher_bits_per_byte,
             "num_tokens": self.num_tokens,
             "num_bytes": self.num_bytes,
+            **{name: column for name, column in measured.items() if column is not None},
         }
         return {
             domain: {

@@ -12,12 +12,13 @@ from ddkmix.config import Named, Student, Teacher, parse_config
 from ddkmix.cross_vocabulary import CrossVocabularyTeacher
 from ddkmix.distillation import DistillationModel, predicted
 from ddkmix.errors import ConfigError, ModelError
-from ddkmix.evaluator import select_rows
+from ddkmix.gaps import measure_gaps
+from ddkmix.held_out import select_rows
 from ddkmix.losses import build_terms
 from ddkmix.models import build_student, load_teacher
 from ddkmix.preflight import check
 from ddkmix.prepare import open_rows, store_cards
-from ddkmix.setup import measure_gaps, train
+from ddkmix.setup import train
 from ddkmix.tokenizer import read_tokenizer
 from ddkmix.tracking import read_lines
 from tests.conftest import EOS, WORDS, documents, save_tiny_model

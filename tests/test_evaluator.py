@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from ddkmix.config import Teacher
 from ddkmix.distillation import DistillationModel, predicted
 from ddkmix.errors import DataError
-from ddkmix.evaluator import Evaluator, HeldOut, NatsCache, OpenRows, row_nats, select_rows, summarise
+from ddkmix.evaluator import Evaluator, row_nats, summarise
+from ddkmix.held_out import HeldOut, OpenRows, select_rows
 from ddkmix.models import load_teacher
+from ddkmix.nats_cache import NatsCache
 from ddkmix.rows import RowReader
 from ddkmix.trainer import token_nats
 from tests import hand_made
