@@ -179,9 +179,8 @@ class Evaluator:
             known = cache.load(held_out) if cache else None
             single = cache.load_tokens(held_out) if cache and tokens else None
             # all ranks measure or none does: a rank that sees the file late must not wait alone
-            missing = torch.tensor([float(known is None), float(single is None)], device=self.device)
-            lacks_sums, lacks_tokens = (self.reduce(missing) > 0).tolist()
-            lacks_tokens = lacks_tokens and tokens
+            lacks_sums = self._anywhere(known is None)
+            lacks_tokens = tokens and self._anywhere(single is None)
             if lacks_sums or lacks_tokens:
                 found, table = self._measure(held_out, token_nats, tokens=lacks_tokens)
                 known = found if lacks_sums else known
@@ -203,9 +202,13 @@ class Evaluator:
         found = {name: one for name, one in sums.items() if one is not None}
         kept = {name: one for name, one in singles.items() if one is not None}
         lacking = len(found) < len(sums) or len(kept) < len(singles)
-        if self.reduce(torch.tensor(float(lacking), device=self.device)).item() > 0:
+        if self._anywhere(lacking):
             return None
         return TeacherNats(sums=found, tokens=kept if tokens else None)
+
+    def _anywhere(self, found: bool) -> bool:
+        """Whether something holds on any rank."""
+        return bool(self.reduce(torch.tensor(float(found), device=self.device)).item() > 0)
 
     def _measure(
         self, held_out: HeldOutRows, token_nats: TokenNats, *, tokens: bool

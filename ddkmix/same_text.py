@@ -114,7 +114,7 @@ class TextReader:
         for i, text in enumerate(texts):
             own = self._tokenizer.encode(text, add_special_tokens=False).ids
             back = self._tokenizer.decode(own, skip_special_tokens=False)
-            if back.removeprefix(" ") != text.removeprefix(" "):
+            if back not in (text, text.removeprefix(" "), f" {text}"):
                 return None
             ids += [self._separator] * (i > 0) + own
             labels += [IGNORE] * (i > 0) + own
