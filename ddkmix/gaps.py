@@ -1,5 +1,6 @@
 """The gaps of a config's student as it is: what `ddkmix gaps` measures. Nothing is trained."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,6 +63,11 @@ def _gaps_of_text(prepared: Prepared, accelerator: Any) -> DomainLosses:
     rows = {name: select_rows(domain.held_out, config.evaluation.rows) for name, domain in packed.items()}
     same = _same_text(prepared, rows)
     if accelerator.is_main_process:
+        print(
+            "ddkmix: student and teacher have different tokenizers and are compared on the same bytes of "
+            "text: b/B of both, and nats per token of the student.",
+            file=sys.stderr,
+        )
         report_left_out(same, rows)
     evaluator = evaluator_of(config, same.student, accelerator)
     if prepared.references is not None:
