@@ -80,20 +80,23 @@ def find_packer(
         DataError: packed rows cannot be read, or are of none of these tokenizers.
     """
     local = [domain for domain in domains if domain.rows is not None and not is_remote(domain.rows)]
-    first, *others = tokenizers
-    if others and is_byte_level(others[0].path) and not is_byte_level(first.path):
-        first, others = others[0], [first]
-    settings = {
-        "seq_len": config.pack.seq_len, "cache_dir": config.cache_dir, "storage": config.storage
-    }  # fmt: skip
-    try:
-        read_packed(local, first, **settings)
-    except DataError:
-        if not others:
-            raise
-        read_packed(local, others[0], **settings)
-        return others[0]
-    return first
+    candidates = list(tokenizers)
+    if len(candidates) > 1:
+        candidates.sort(key=lambda card: not is_byte_level(card.path))
+    for packer in candidates:
+        try:
+            read_packed(
+                local,
+                packer,
+                seq_len=config.pack.seq_len,
+                cache_dir=config.cache_dir,
+                storage=config.storage,
+            )
+            return packer
+        except DataError:
+            if packer is candidates[-1]:
+                raise
+    raise AssertionError("there is a tokenizer")
 
 
 def check_student_tokenizer(config: RunConfig, tokenizer: TokenizerCard) -> None:

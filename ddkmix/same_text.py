@@ -29,8 +29,8 @@ from ddkmix.own_held_out import padded
 from ddkmix.sources import IGNORE
 from ddkmix.tokenizer import TokenizerCard
 
-Reading = tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]]
-"""input_ids and labels of a row."""
+Reading = tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]
+"""input_ids and labels of a row, equally many."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

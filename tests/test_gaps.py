@@ -112,11 +112,11 @@ def test_swapping_student_and_teacher_swaps_their_bits_per_byte(
 def test_a_short_model_is_compared_on_the_beginnings_of_rows(
     tree: Make, tiny_teacher: Path, tmp_path: Path, other_teacher: Path
 ) -> None:
-    """A teacher of 16 positions: fewer bytes, and no error from its position embeddings."""
+    """A teacher of 8 positions: fewer bytes, and no error from its position embeddings."""
     from tests.conftest import save_tiny_model
 
     short = save_tiny_model(
-        tmp_path / "short", other_teacher, vocab_size=410, max_position_embeddings=16, seed=2
+        tmp_path / "short", other_teacher, vocab_size=410, max_position_embeddings=8, seed=2
     )
     whole, cut = (
         measure_gaps(parse_config(tree(tiny_teacher, teacher), where="test"))[0]

@@ -60,7 +60,7 @@ def test_bytes_that_nobody_counted_are_one_line():
         ("nats_per_token and tokenizer, whose tokens they are", {**BITS, "tokenizer": "x"}),
         ("reference_loss.bits_per_byte = 0; Input should be greater than 0", {**BITS, "bits_per_byte": 0}),
         ("reference_loss.bits_per_byte = nan; Input should be", {**BITS, "bits_per_byte": float("nan")}),
-        ("unknown key 'reference_loss.bits'; did you mean 'bits_per_byte'?", {"model": "big", "bits": 1}),
+        ("unknown key 'reference_loss.bits_byte'; did you mean 'bits_per_byte'?", {**BITS, "bits_byte": 1}),
     ],
 )
 def test_a_wrong_entry_of_a_card_is_refused(tmp_path, expected, entry):

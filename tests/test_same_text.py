@@ -101,7 +101,8 @@ def test_rows_of_tokens_that_are_no_bytes_are_text_again(tmp_path, cards):
     same = read_both(held_out, RowTexts(cards["words"]), *readers)
     pairs = zip(same.student["code"].items, same.teacher["code"].items, strict=True)
     for (_, own), (_, other) in pairs:
-        assert predicted_text(cards["words"], own) == predicted_text(cards["bytes"], other).removeprefix(" ")
+        both = [predicted_text(cards[name], ids) for name, ids in (("words", own), ("bytes", other))]
+        assert both[0].replace(" ", "") == both[1].replace(" ", "") != ""
 
 
 @pytest.mark.parametrize(("short", "long"), [(12, None), (None, 12), (9, 7)])
