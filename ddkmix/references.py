@@ -1,16 +1,36 @@
 """Losses that somebody has measured in the place of a teacher: from the cards, or given by hand."""
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from ddkmix.card import ReferenceLoss
 from ddkmix.domains import Domain
 from ddkmix.errors import ConfigError, DataError
-from ddkmix.held_out import HeldOutRows
 from ddkmix.tokenizer import tokenizer_fingerprint
 from ddkmix.types import LN_2
+
+
+@runtime_checkable
+class CountedRows(Protocol):
+    """What a reference needs to know of held-out rows; nothing that loads torch."""
+
+    @property
+    def domain(self) -> str:
+        """The domain's name."""
+        ...
+
+    @property
+    def num_tokens(self) -> Int[np.ndarray, " R"]:
+        """Predicted tokens of each row."""
+        ...
+
+    @property
+    def num_bytes(self) -> Int[np.ndarray, " R"]:
+        """Bytes of text that they cover; 0 where unknown."""
+        ...
 
 
 def card_references(domains: Sequence[Domain], tokenizer: str) -> dict[str, ReferenceLoss] | None:
@@ -61,7 +81,7 @@ def wanted_references(domains: Sequence[Domain], tokenizer: str) -> dict[str, Re
 
 
 def reference_sums(
-    held_out: Mapping[str, HeldOutRows], references: Mapping[str, float | ReferenceLoss]
+    held_out: Mapping[str, CountedRows], references: Mapping[str, float | ReferenceLoss]
 ) -> dict[str, Float[np.ndarray, " R"]]:
     """What the reference would lose on each row if it lost the same at every byte, or every token: nats.
 
@@ -75,7 +95,7 @@ def reference_sums(
     return {name: _sums(rows, references[name]) for name, rows in held_out.items()}
 
 
-def _sums(rows: HeldOutRows, loss: float | ReferenceLoss) -> Float[np.ndarray, " R"]:
+def _sums(rows: CountedRows, loss: float | ReferenceLoss) -> Float[np.ndarray, " R"]:
     per_token = loss.nats_per_token if isinstance(loss, ReferenceLoss) else loss
     sums: Float[np.ndarray, " R"]
     if per_token is not None:

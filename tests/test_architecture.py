@@ -49,6 +49,7 @@ LAYERS = {
     "domains": 5,
     "pack": 6,
     "teachers": 6,
+    "references": 6,
     # rows -> batches
     "apportion": 4,
     "order": 5,
@@ -88,7 +89,6 @@ LAYERS = {
     "cross_vocabulary": 18,
     "held_out": 17,
     "nats_cache": 18,
-    "references": 18,
     "evaluator": 19,
     "recording": 19,
     # for loops that are not ours

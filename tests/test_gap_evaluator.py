@@ -227,7 +227,7 @@ def test_measures_without_a_teacher_are_refused_at_once(expected: str, options: 
 def test_divergence_between_different_numbers_of_classes_is_refused() -> None:
     """Padding is cut by whoever knows that it is padding."""
     evaluator = GapEvaluator(HELD_OUT, teacher=Table(1, VOCABULARY + 2), measures=["forward_kl"])
-    with pytest.raises(ModelError, match=r"the teacher has 32 classes and the student 30; .* logits=lambda"):
+    with pytest.raises(ModelError, match="the teacher has 32 classes and the student 30; forward_kl is over"):
         evaluator.measure(Table(0))
     cut = GapEvaluator(
         HELD_OUT,
