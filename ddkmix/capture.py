@@ -16,21 +16,19 @@ from jaxtyping import Float
 from ddkmix.config import RunConfig
 from ddkmix.errors import DataError
 from ddkmix.evaluator import Evaluator
-from ddkmix.held_out import select_rows
 from ddkmix.index import DomainRows
 from ddkmix.logits_store.card import StoreCard, read_card, serving_store, write_card
 from ddkmix.logits_store.hidden import save_head
 from ddkmix.logits_store.reader import sidecar_of
 from ddkmix.logits_store.sidecar import SidecarWriter, sidecar_path
 from ddkmix.logits_store.totals import Totals, total, totals_of_facts
-from ddkmix.nats_cache import NatsCache
 from ddkmix.pack import PackedDomain, Part
 from ddkmix.preflight import Prepared, check
 from ddkmix.prepare import open_rows, storage_of, store_cards, stores_folder
 from ddkmix.ranks import current_rank, from_main, sum_over_ranks
 from ddkmix.recording import Recorder, head_of_teacher
 from ddkmix.teacher import EnsembleTeacher, LiveTeacher
-from ddkmix.teaching import measured_nats, open_models
+from ddkmix.teaching import held_out_cache, measured_nats, open_evaluator, open_models, stored_sums
 from ddkmix.tracking import progress_bar
 
 Teacher = LiveTeacher | EnsembleTeacher
@@ -77,6 +75,21 @@ class Capturing:
             storage=storage_of(self.prepared.config),
         )
 
+    def evaluator(self) -> Evaluator:
+        """Of the held-out rows."""
+        return open_evaluator(
+            self.prepared.config,
+            self.held_out,
+            device=self.device,
+            rank=self.rank,
+            world_size=self.world_size,
+            reduce=sum_over_ranks,
+        )
+
+    def teachers_losses(self) -> dict[str, Float[np.ndarray, " R"]] | None:
+        """Held-out row sums of every domain's teacher, nats; None if a store lacks some."""
+        return stored_sums({name: self.folder(name) for name in self.cards}, self.evaluator())
+
     def jobs(self) -> list[Job]:
         """Every shard, captured or not."""
         return [
@@ -112,7 +125,7 @@ def capture(config: RunConfig, *, part: Part | None = None) -> dict[str, Totals]
     parts = [one for i, one in enumerate(every) if part is None or part.takes(i)]
     todo: list[Job] = from_main([one for one in parts if not _is_whole(job, one)])
     measured = part is None or part.number == 1
-    if todo or (measured and from_main(stored_sums(job) is None)):
+    if todo or (measured and job.teachers_losses() is None):
         teachers = open_models(job.prepared, job.device)
         _prepare_stores(job, teachers)
         _run(job, teachers, todo)
@@ -240,37 +253,8 @@ def capture_shard(
         writer.finish({**facts, **total(sums).to_facts()})
 
 
-def held_out_cache(store: Path) -> NatsCache:
-    """Where a store keeps its teacher's losses of held-out rows: gaps need no teacher then."""
-    return NatsCache(store / "teacher_nats", "held_out")
-
-
-def evaluator_of(job: Capturing) -> Evaluator:
-    """The held-out rows of a run."""
-    config = job.prepared.config
-    return Evaluator(
-        held_out={name: select_rows(rows, config.evaluation.rows) for name, rows in job.held_out.items()},
-        batch_rows=config.evaluation.batch_rows,
-        device=job.device,
-        rank=job.rank,
-        world_size=job.world_size,
-        reduce=sum_over_ranks,
-        storage=storage_of(config),
-    )
-
-
-def stored_sums(job: Capturing) -> dict[str, Float[np.ndarray, " R"]] | None:
-    """Held-out row sums of every domain's teacher from the stores, nats; None if one lacks some."""
-    found = {
-        name: held_out_cache(job.folder(name)).load(held_out)
-        for name, held_out in evaluator_of(job).held_out.items()
-    }
-    sums = {name: value for name, value in found.items() if value is not None}
-    return sums if len(sums) == len(found) else None
-
-
 def _measure(job: Capturing, teachers: Mapping[str, Teacher]) -> None:
-    evaluator = evaluator_of(job)
+    evaluator = job.evaluator()
     sums = measured_nats(job.prepared, evaluator, teachers).sums
     if job.rank == 0:
         for name, held_out in evaluator.held_out.items():

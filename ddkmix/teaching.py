@@ -1,22 +1,27 @@
 """From the teachers that a checked config names, live or captured, to signals and held-out losses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
+from jaxtyping import Float
 
+from ddkmix.config import RunConfig
 from ddkmix.cross_vocabulary import CrossVocabularyTeacher
 from ddkmix.distillation import about_predicted, predicted
 from ddkmix.errors import DataError
 from ddkmix.evaluator import Evaluator, TeacherNats, TokenNats
 from ddkmix.fingerprint import hash_json
+from ddkmix.held_out import select_rows
 from ddkmix.index import DomainRows
 from ddkmix.logits_store.reader import LogitsStore
 from ddkmix.matching import hidden_match_of
 from ddkmix.models import load_teacher
 from ddkmix.nats_cache import NatsCache
 from ddkmix.preflight import Prepared
-from ddkmix.prepare import store_cards, stores_folder
+from ddkmix.prepare import storage_of, store_cards, stores_folder
 from ddkmix.references import reference_sums
 from ddkmix.stored_teacher import StoredTeacher
 from ddkmix.teacher import DomainTeachers, EnsembleTeacher, LiveTeacher, SignalSource, label_nats
@@ -63,7 +68,10 @@ def open_teaching(
         return Teaching(source=source, nats=nats, reads_places=False)
     store = open_store(prepared, rows)
     wants_live = bool(store.missing())
-    known = _known_nats(prepared, evaluator)
+    sums = None
+    if prepared.references is None and "excess_loss" not in prepared.measures:  # stores keep sums alone
+        sums = stored_sums({name: store.folder(name) for name in rows}, evaluator)
+    known = _known_nats(prepared, evaluator) if sums is None else TeacherNats(sums=sums)
     teachers = open_teachers(prepared, evaluator.device) if wants_live or known is None else {}
     stored = StoredTeacher(
         store,
@@ -129,6 +137,49 @@ def open_models(prepared: Prepared, device: torch.device) -> dict[str, LiveTeach
         alone = len(members) == 1
         opened[name] = members[0] if alone else EnsembleTeacher(members, tuple(shares.values()))
     return opened
+
+
+def open_evaluator(
+    config: RunConfig,
+    held_out: Mapping[str, DomainRows],
+    *,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    reduce: Callable[[torch.Tensor], torch.Tensor],
+) -> Evaluator:
+    """The evaluator of a config's held-out rows; see `Evaluator` for the arguments."""
+    return Evaluator(
+        held_out={name: select_rows(rows, config.evaluation.rows) for name, rows in held_out.items()},
+        batch_rows=config.evaluation.batch_rows,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        reduce=reduce,
+        storage=storage_of(config),
+    )
+
+
+def held_out_cache(store: Path) -> NatsCache:
+    """Where a store keeps its teacher's losses of held-out rows: gaps need no teacher then."""
+    return NatsCache(store / "teacher_nats", "held_out")
+
+
+def stored_sums(
+    folders: Mapping[str, Path], evaluator: Evaluator
+) -> dict[str, Float[np.ndarray, " R"]] | None:
+    """Held-out row sums of every domain's teacher from the stores, nats; None if one lacks some.
+
+    Args:
+        folders: the store of each domain's teacher.
+        evaluator: of the held-out rows; all ranks get the same answer.
+    """
+    found = {
+        name: replace(evaluator, held_out={name: held_out}).cached(held_out_cache(folders[name]))
+        for name, held_out in evaluator.held_out.items()
+    }
+    sums = {name: own.sums[name] for name, own in found.items() if own is not None}
+    return sums if len(sums) == len(found) else None
 
 
 def teacher_cache(prepared: Prepared, domain: str, device: torch.device) -> NatsCache:

@@ -4,9 +4,9 @@ Kept classes have their true log-probabilities. Four scalars make up for what is
 the teacher's own loss, its entropy, and the logarithm of the normaliser at each temperature, with which
 tempered probabilities of the kept classes are exact.
 
-A few passes over the vocabulary, in three buffers, do all of it: one finds the largest logit of each block of 64 (the k largest
-logits lie in the k blocks with the largest ones), one or two take exponentials, and sums of blocks turn
-random numbers into draws.
+A few passes over the vocabulary, in three buffers, do all of it: one finds the largest logit of each block of
+64 (the k largest logits lie in the k blocks with the largest ones), one or two take exponentials, and sums of
+blocks turn random numbers into draws.
 """
 
 from collections.abc import Callable, Sequence

@@ -18,7 +18,7 @@ import yaml
 
 from ddkmix import capture as capture_module
 from ddkmix.batch import DenseSignal, TruncatedSignal
-from ddkmix.capture import Job, capture, deal, evaluator_of, open_capturing, stored_sums
+from ddkmix.capture import Job, capture, deal, open_capturing
 from ddkmix.config import parse_config
 from ddkmix.errors import ConfigError, DataError, NumericsError
 from ddkmix.logits_store.reader import LogitsStore
@@ -222,12 +222,12 @@ def test_more_classes_than_there_are_is_refused_before_anything_is_loaded(
 def test_the_teachers_held_out_losses_are_in_the_store(make: Make) -> None:
     """Gaps need no teacher: the sums are those that an evaluator measures."""
     config = make()
-    assert stored_sums(open_capturing(config)) is None
+    assert open_capturing(config).teachers_losses() is None
     capture(config)
     job = open_capturing(config)
-    sums = stored_sums(job)
+    sums = job.teachers_losses()
     assert sums is not None
-    (held_out,) = evaluator_of(job).held_out.values()
+    (held_out,) = job.evaluator().held_out.values()
     assert len(held_out.num_tokens) == len(sums["code"])
     nats = sums["code"].sum() / held_out.num_tokens.sum()
     assert 3 < nats < 12

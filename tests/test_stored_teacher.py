@@ -75,6 +75,22 @@ def test_a_run_from_the_store_is_the_run_with_the_live_teacher(
     assert first[0]["weights"] == first[1]["weights"]
 
 
+def test_a_store_that_was_carried_elsewhere_needs_no_teacher(
+    config_of: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine has the store and no cache: the teacher's held-out losses come with the store."""
+    kept = {"folder": str(tmp_path / "store")}
+    capture(config_of(capture=kept))
+    monkeypatch.setattr(ddkmix.teaching, "load_teacher", no_teacher)
+    train(config_of(run="here", capture=kept))
+    train(config_of(run="elsewhere", capture=kept, cache_dir=str(tmp_path / "empty")))
+    here, elsewhere = (
+        [record["losses"] for record in read_lines(tmp_path / run / "intervals.jsonl")]
+        for run in ("here", "elsewhere")
+    )
+    assert here == elsewhere
+
+
 def test_one_store_serves_other_policies_seeds_and_orders(
     config_of: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,9 +14,9 @@ from ddkmix.gaps import measure_gaps
 from ddkmix.models import build_student, load_teacher
 from ddkmix.preflight import check
 from ddkmix.prepare import open_mixture, open_rows
-from ddkmix.setup import open_evaluator, train
+from ddkmix.setup import train
 from ddkmix.teacher import LiveTeacher
-from ddkmix.teaching import open_teachers, teacher_nats
+from ddkmix.teaching import open_evaluator, open_teachers, teacher_nats
 from ddkmix.tracking import read_lines
 from tests.conftest import ConfigTree, reset_accelerate, save_tiny_model, write_domain
 
@@ -79,7 +79,14 @@ def test_held_out_losses_of_an_ensemble_are_literal(
 ) -> None:
     """-log of the normalised product of powers, summed over each row."""
     prepared, accelerator = check(config_of(tree)), Accelerator()
-    evaluator = open_evaluator(prepared.config, open_rows(prepared, shown=False), accelerator)
+    evaluator = open_evaluator(
+        prepared.config,
+        {name: packed.held_out for name, packed in open_rows(prepared, shown=False).items()},
+        device=accelerator.device,
+        rank=0,
+        world_size=1,
+        reduce=lambda tensor: tensor,
+    )
     nats = teacher_nats(prepared, evaluator, open_teachers(prepared, accelerator.device))
     sums = nats.sums["prose"]
     rows = evaluator.held_out["prose"].open(None)

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,15 +74,30 @@ def main(arguments: list[str] | None = None) -> None:
     if folder is None and {"liger", "torchtune"} & set(names):
         folder = environment.make(options.cache / "site", say)
     sizes, dtypes = (QUICK, DTYPES[1:]) if options.quick else (FULL, DTYPES)
-    sizes = tuple(size for size in sizes if options.classes in (None, size.vocab))
+    chosen = [size for size in sizes if options.classes in (None, size.vocab)]
+    chosen = [size for size in chosen if options.tokens in (None, size.tokens)]
     run = Runner(folder, options.threads, names, memory_gb())
-    results["time"] = [row for dtype in dtypes for size in sizes for row in run.times(size, dtype)]
-    results["memory"] = [row for dtype in dtypes for size in sizes for row in run.memory(size, dtype)]
-    results["error"] = [run.errors(*ERROR_SIZES[options.quick], dtype) for dtype in dtypes]
-    results |= {"machine": machine(), "minutes": (time.perf_counter() - started) / 60}
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    measures: dict[str, Callable[[Size, str], list[dict[str, Any]]]] = {
+        "time": run.times,
+        "memory": run.memory,
+    }
+    results |= {"machine": machine(), "time": [], "memory": [], "error": []}
+    for part in options.parts.split(","):
+        for dtype in dtypes:
+            for size in chosen if part in measures else ():
+                results[part] += measures[part](size, dtype)
+                write(options.json, results, started)  # as they come: a run of an hour may be killed
+            if part == "error":
+                results[part].append(run.errors(*ERROR_SIZES[options.quick], dtype))
+    write(options.json, results, started)
     print(markdown(results))
+
+
+def write(path: Path | None, results: dict[str, Any], started: float) -> None:
+    """Keep what has been measured so far."""
+    results["minutes"] = (time.perf_counter() - started) / 60
+    if path:
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -209,6 +225,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="one tiny size, to see that everything runs")
     parser.add_argument("--only", help=",".join(NAMES))
     parser.add_argument("--classes", type=int, help="only the sizes with so many classes")
+    parser.add_argument("--tokens", type=int, help="only the sizes with so many tokens")
+    parser.add_argument("--parts", default="time,memory,error", help="what to measure")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--cache", type=Path, default=Path(".cache/bench-loss"), help="for the peers")
     parser.add_argument(

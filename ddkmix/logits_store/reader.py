@@ -83,6 +83,10 @@ class LogitsStore:
         """How the records of a domain are laid out."""
         return self._stores[domain].layout
 
+    def folder(self, domain: str) -> Path:
+        """The store of a domain's teacher."""
+        return self._stores[domain].folder
+
     def path(self, domain: str, shard: int) -> Path:
         """Where the records of a shard are or would be."""
         return sidecar_path(self._stores[domain].folder, domain, self.rows[domain].shards[shard])
