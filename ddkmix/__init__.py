@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from ddkmix.config import RunConfig, load_config
     from ddkmix.errors import DdkmixError
     from ddkmix.gap_evaluator import GapEvaluator
+    from ddkmix.gaps import measure_gaps
     from ddkmix.loader import DomainMixture
     from ddkmix.losses import LOSSES, build_terms
     from ddkmix.losses.objective import distillation_objective
     from ddkmix.policies import POLICIES, WeightPolicy, reweight
     from ddkmix.reweighting import Reweighter
     from ddkmix.run_average import average_weights
-    from ddkmix.setup import measure_gaps, train
+    from ddkmix.setup import train
     from ddkmix.step_loader import StepLoader
     from ddkmix.types import DomainLosses
 else:  # a type checker that sees this takes every misspelt name for a name
@@ -48,7 +49,7 @@ _HOME = {
     "distillation_objective": "ddkmix.losses.objective",
     "domain_indices": "ddkmix.batch_sampler",
     "load_config": "ddkmix.config",
-    "measure_gaps": "ddkmix.setup",
+    "measure_gaps": "ddkmix.gaps",
     "reweight": "ddkmix.policies",
     "train": "ddkmix.setup",
 }

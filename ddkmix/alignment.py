@@ -149,7 +149,7 @@ class Retokenizer:
 
     def _encode(self, data: bytes) -> tuple[list[int], Int[np.ndarray, " m"]]:
         """The teacher's tokens of some bytes, and where in them each ends."""
-        text, skipped = _text_of(data)
+        text, skipped = text_of(data)
         encoding = self._teacher.encode(text, add_special_tokens=False)
         if self._teacher_pieces is not None:
             pieces, read = (
@@ -184,8 +184,12 @@ def _last_of_each_end(ends: Int[np.ndarray, " n"]) -> Int[np.ndarray, " _"]:
     return np.flatnonzero(np.append(ends[1:] != ends[:-1], np.ones(min(1, len(ends)), dtype=bool)))
 
 
-def _text_of(data: bytes) -> tuple[str, int]:
-    """The text of a document or of what a row's ends left of it, and how many bytes are missing before it."""
+def text_of(data: bytes) -> tuple[str, int]:
+    """The text of a document or of what a row's ends left of it, and how many bytes are missing before it.
+
+    Raises:
+        DataError: it is no UTF-8.
+    """
     begin = 0
     while begin < min(3, len(data)) and data[begin] & 0xC0 == 0x80:  # the rest of a character cut by the row
         begin += 1
@@ -198,6 +202,11 @@ def _text_of(data: bytes) -> tuple[str, int]:
                 "its rows were packed with another tokenizer, pack them again."
             ) from None
         return data[begin : begin + error.start].decode(), begin
+
+
+def is_byte_level(tokenizer: Path) -> bool:
+    """Whether the tokens of a tokenizer.json are made of bytes (BPE over GPT-2's characters for them)."""
+    return _is_byte_level(read_json_object(tokenizer))
 
 
 def _is_byte_level(tree: dict[str, Any]) -> bool:

@@ -28,7 +28,7 @@ from ddkmix.prepare import open_rows, storage_of, store_cards, stores_folder
 from ddkmix.ranks import current_rank, from_main, sum_over_ranks
 from ddkmix.recording import Recorder, head_of_teacher
 from ddkmix.teacher import EnsembleTeacher, LiveTeacher
-from ddkmix.teaching import held_out_cache, open_evaluator, open_models, stored_sums, teacher_sums
+from ddkmix.teaching import held_out_cache, measured_nats, open_evaluator, open_models, stored_sums
 from ddkmix.tracking import progress_bar
 
 Teacher = LiveTeacher | EnsembleTeacher
@@ -255,7 +255,7 @@ def capture_shard(
 
 def _measure(job: Capturing, teachers: Mapping[str, Teacher]) -> None:
     evaluator = job.evaluator()
-    sums = teacher_sums(job.prepared, evaluator, teachers)
+    sums = measured_nats(job.prepared, evaluator, teachers).sums
     if job.rank == 0:
         for name, held_out in evaluator.held_out.items():
             held_out_cache(job.folder(name)).save(held_out, sums[name])

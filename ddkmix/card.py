@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from ddkmix.errors import DataError, did_you_mean
 from ddkmix.sections import NAME, Positive, PositiveInt, Section
 
+_UNITS = ("bits_per_byte", "nats_per_byte", "nats_per_token")
 NEEDS = "a card needs name, license, and train and held_out (or rows)."
 
 
@@ -35,6 +36,33 @@ class DatasetEntry(Section):
     """Branch, tag or commit; name a commit, or tomorrow's rows may be other rows."""
     shards: PositiveInt | None = None
     """Parts that it is packed in, at most as many as it has files; one for each file when unset."""
+
+
+class ReferenceLoss(Section):
+    """A loss on a domain's held-out text that somebody has measured, in place of a teacher's.
+
+    Losses per byte hold for every tokenizer; one per token holds for the tokenizer that it was measured with.
+    """
+
+    model: str
+    """Whose loss; for people."""
+    bits_per_byte: Positive | None = None
+    """Bits per UTF-8 byte of text."""
+    nats_per_byte: Positive | None = None
+    """Nats per UTF-8 byte of text; bits x ln 2."""
+    nats_per_token: Positive | None = None
+    """Nats per predicted token of `tokenizer`."""
+    tokenizer: str | None = None
+    """Folder or Hub id; must read text as the rows' tokenizer does."""
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> "ReferenceLoss":
+        given = [unit for unit in _UNITS if getattr(self, unit) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of {', '.join(_UNITS)}, and there is {' and '.join(given) or 'none'}")
+        if (self.nats_per_token is None) != (self.tokenizer is None):
+            raise ValueError("nats_per_token and tokenizer, whose tokens they are, belong together")
+        return self
 
 
 class HeldOutShare(Section):
@@ -92,6 +120,9 @@ class Card(Section):
     teacher: str | None = None
     """Who teaches this domain: an entry of the config's `teachers`, or `teacher`; `default_teacher` when
     unset."""
+    reference_loss: ReferenceLoss | None = None
+    """What the student's loss is compared with where there is no teacher to measure, or
+    `evaluation.reference` is `cards`."""
     sources: tuple[Source, ...] = ()
 
 
@@ -120,6 +151,7 @@ def _explain(error: ValidationError, path: Path) -> str:
         section: type[Section] = Card
         if len(first["loc"]) > 1:
             section = DatasetEntry if "a dataset" in tags else HeldOutShare if "a share" in tags else Source
+            section = ReferenceLoss if first["loc"][0] == "reference_loss" else section
         return f"{path}: unknown key {key!r}; {did_you_mean(str(first['loc'][-1]), section.model_fields)}"
     if first["type"] == "missing":
         return f"{path}: {key} is missing; {NEEDS}"

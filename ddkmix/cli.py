@@ -40,10 +40,10 @@ def pack(
     style: FormatOption = "table",
 ) -> None:
     """Turn the documents of a config's domains into rows of tokens."""
+    from ddkmix.common_tokenizer import read_tokenizers
     from ddkmix.domains import load_domains
     from ddkmix.losses import build_terms
     from ddkmix.pack import pack_report, parse_part
-    from ddkmix.preflight import read_tokenizers
     from ddkmix.prepare import pack_rows, publish_rows
     from ddkmix.report.packing import render_packing
 

@@ -17,7 +17,7 @@ from glob import escape, glob  # Path.glob takes no absolute pattern
 from pathlib import Path
 from typing import Any, Literal
 
-from ddkmix.card import NEEDS, Card, DatasetEntry, HeldOutShare, Source, read_card
+from ddkmix.card import NEEDS, Card, DatasetEntry, HeldOutShare, ReferenceLoss, Source, read_card
 from ddkmix.config import Storage
 from ddkmix.document_shards import (
     DocumentShard,
@@ -52,6 +52,8 @@ class Domain:
     prior: float | None = None
     teacher: str | None = None
     """An entry of the config's `teachers`."""
+    reference_loss: ReferenceLoss | None = None
+    """A measured loss to compare with."""
     sources: tuple[Source, ...] = ()
 
     def shards(self) -> Iterator[tuple[Split, DocumentShard]]:
@@ -105,6 +107,7 @@ def _load(path: Path, storage: Storage) -> Domain:
         max_epochs=card.max_epochs,
         prior=card.prior,
         teacher=card.teacher,
+        reference_loss=card.reference_loss,
         sources=card.sources,
         **shards,
     )

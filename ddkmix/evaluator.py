@@ -4,132 +4,82 @@ Nats are summed per row and divided once at the end. Standard errors are over ro
 row are not independent: with row sums s_r and token counts n_r, the mean is m = sum s / sum n and its
 standard error sqrt(R / (R - 1) sum (s_r - m n_r)^2) / sum n (the linearised ratio estimator). The error of
 the gap pairs student and teacher row by row. The teacher never changes, so its row sums are kept on disk.
+
+Two measures more are taken where a policy needs them: the excess over the teacher, clipped at zero token by
+token (DoReMi, arXiv 2305.10429, Algorithm 1), and KL(teacher || student).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
-from itertools import islice
-from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from ddkmix.config import Storage
 from ddkmix.distillation import predicted
-from ddkmix.errors import DataError
-from ddkmix.fingerprint import hash_json, replacing
-from ddkmix.index import DomainRows
-from ddkmix.order import DomainOrder, locate
-from ddkmix.rows import RowReader, byte_reader
-from ddkmix.sources import IGNORE
+from ddkmix.held_out import HeldOutRows
+from ddkmix.nats_cache import NatsCache
 from ddkmix.types import DomainLosses
-
-_DIGEST_BYTES = 32
 
 TokenNats = Callable[[Tensor, Tensor], Tensor]
 """(input_ids (B, T), labels (B, T)) -> cross-entropy (n,) of the predicted tokens in row order."""
+_Values = Callable[[Sequence[int], Tensor, Tensor], Tensor]
+"""(numbers of the rows, input_ids, labels) -> (k, n) values of the predicted tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class WithDivergence:
+    """A student whose KL to the teacher is measured in the same forward pass as its loss."""
+
+    values: Callable[[str, Tensor, Tensor], Tensor]
+    """(domain, input_ids (B, T), labels (B, T)) -> (2, n): cross-entropy and KL(teacher || student)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class HeldOut:
-    """The held-out rows that a domain is measured on."""
+class TeacherNats:
+    """What a frozen teacher loses on the held-out rows of every domain."""
 
-    rows: DomainRows
-    places: tuple[tuple[int, int], ...]
-    """(shard, row) of each."""
-    num_tokens: Int[np.ndarray, " R"]
-    """Predicted tokens of each row."""
-    num_bytes: Int[np.ndarray, " R"]
-    """Bytes of text that they cover."""
-
-    @property
-    def domain(self) -> str:
-        """The domain's name."""
-        return self.rows.domain
-
-    @property
-    def key(self) -> object:
-        """What a model's sums of these rows depend on; JSON-able."""
-        return [self.rows.fingerprint, self.places]
-
-    def open(self, storage: Storage | None) -> "OpenRows":
-        """The rows, ready to be read."""
-        reader = RowReader(self.rows, remote=byte_reader(storage))
-
-        def read(chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-            ids = _read(reader, np.array([self.places[i] for i in chosen]))
-            input_ids = torch.from_numpy(ids)
-            valid = torch.from_numpy(self.num_tokens[list(chosen)] + 1)
-            padding = torch.arange(ids.shape[1]) >= valid[:, None]
-            return input_ids, input_ids.masked_fill(padding, IGNORE)
-
-        return OpenRows(read, reader.close)
+    sums: Mapping[str, Float[np.ndarray, " R"]]
+    """Over each row, nats."""
+    tokens: Mapping[str, Float32[np.ndarray, " n"]] | None = None
+    """At each predicted token, row after row; None where nobody asked."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class OpenRows:
-    """Held-out rows that can be read."""
+def row_sums(
+    held_out: HeldOutRows,
+    values: _Values,
+    count: int,
+    *,
+    batch_rows: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    storage: Storage | None = None,
+) -> Float[Tensor, "k R"]:
+    """`count` values of every token, summed over each row, float64; rows of other ranks are 0.
 
-    read: Callable[[Sequence[int]], tuple[Tensor, Tensor]]
-    """Numbers of rows -> input_ids (B, T), labels (B, T)."""
-    close: Callable[[], None]
-
-
-@runtime_checkable
-class HeldOutRows(Protocol):
-    """What is measured: packed rows (`HeldOut`) or a user's own items (`own_held_out.OwnHeldOut`)."""
-
-    @property
-    def domain(self) -> str:
-        """The domain's name."""
-        ...
-
-    @property
-    def num_tokens(self) -> Int[np.ndarray, " R"]:
-        """Predicted tokens of each row."""
-        ...
-
-    @property
-    def num_bytes(self) -> Int[np.ndarray, " R"]:
-        """Bytes of text that they cover; 0 where unknown."""
-        ...
-
-    @property
-    def key(self) -> object:
-        """What a model's sums of these rows depend on; JSON-able."""
-        ...
-
-    def open(self, storage: Storage | None) -> OpenRows:
-        """The rows, ready to be read."""
-        ...
-
-
-def select_rows(rows: DomainRows, limit: int) -> HeldOut:
-    """Up to `limit` held-out rows spread over all shards; the same ones for every run, seed and student.
-
-    Raises:
-        DataError: no row has a token to predict.
+    Every rank calls the model equally often, because wrapped models (FSDP, DDP with buffers) exchange data in
+    their forward pass: a rank without rows of its own goes through the first one for the others' sake.
     """
-    order = DomainOrder(
-        domain=rows.domain,
-        shard_rows=rows.shard_rows,
-        seed=0,
-        block_rows=rows.num_rows,
-    )
-    located = (locate(order, j) for j in range(rows.num_rows))
-    places = sorted(islice((p for p in located if rows.shards[p[0]].num_tokens[p[1]] > 1), limit))
-    if not places:
-        raise DataError(f"domain {rows.domain!r}: its held-out rows have no token to predict; add text.")
-    return HeldOut(
-        rows=rows,
-        places=tuple(places),
-        num_tokens=np.array([rows.shards[s].num_tokens[r] - 1 for s, r in places], dtype=np.int64),
-        num_bytes=np.array([rows.shards[s].num_bytes[r] for s, r in places], dtype=np.int64),
-    )
+    rows = held_out.open(storage)
+    num_rows = len(held_out.num_tokens)
+    sums = torch.zeros((count, num_rows), dtype=torch.float64)
+    mine = list(range(rank, num_rows, world_size))
+    most = -(-num_rows // world_size)
+    try:
+        for start in range(0, most, batch_rows):
+            chosen = mine[start : start + batch_rows]
+            input_ids, labels = rows.read(chosen or [0])
+            found = values(chosen, input_ids.to(device), labels.to(device)).double().cpu()
+            if chosen:
+                row_of = predicted(labels).nonzero()[:, 0]
+                own = torch.zeros((count, len(chosen)), dtype=torch.float64)
+                sums[:, torch.tensor(chosen)] = own.index_add(1, row_of, found)
+    finally:
+        rows.close()
+    return sums
 
 
 def row_nats(
@@ -142,48 +92,41 @@ def row_nats(
     world_size: int = 1,
     storage: Storage | None = None,
 ) -> Float[Tensor, " R"]:
-    """Cross-entropy summed over each row, float64; rows of other ranks are 0.
-
-    Every rank calls the model equally often, because wrapped models (FSDP, DDP with buffers) exchange data in
-    their forward pass: a rank without rows of its own goes through the first one for the others' sake.
-    """
-    rows = held_out.open(storage)
-    sums = torch.zeros(len(held_out.num_tokens), dtype=torch.float64)
-    mine = list(range(rank, len(sums), world_size))
-    most = -(-len(sums) // world_size)
-    try:
-        for start in range(0, most, batch_rows):
-            chosen = mine[start : start + batch_rows]
-            input_ids, labels = rows.read(chosen or [0])
-            nats = token_nats(input_ids.to(device), labels.to(device)).double().cpu()
-            if chosen:
-                row_of = predicted(labels).nonzero()[:, 0]
-                sums[torch.tensor(chosen)] = torch.zeros(len(chosen), dtype=torch.float64).index_add(
-                    0, row_of, nats
-                )
-    finally:
-        rows.close()
-    return sums
-
-
-def _read(reader: RowReader, places: Int[np.ndarray, "B 2"]) -> Int[np.ndarray, "B T"]:
-    """Rows by (shard, row); all of them must be as they were packed."""
-    tokens = np.empty((len(places), reader.rows.seq_len), dtype=reader.rows.dtype)
-    for failure in reader.read_into(tokens, places[:, 0], places[:, 1]).values():
-        raise failure
-    return tokens.astype(np.int64)
+    """Cross-entropy summed over each row, float64; rows of other ranks are 0."""
+    return row_sums(
+        held_out,
+        lambda _, input_ids, labels: token_nats(input_ids, labels)[None],
+        1,
+        batch_rows=batch_rows,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        storage=storage,
+    )[0]
 
 
 def summarise(
     held_out: Mapping[str, HeldOutRows],
     student: Mapping[str, Float[np.ndarray, " R"]],
     teacher: Mapping[str, Float[np.ndarray, " R"]],
+    *,
+    excess: Mapping[str, Float[np.ndarray, " R"]] | None = None,
+    divergence: Mapping[str, Float[np.ndarray, " R"]] | None = None,
 ) -> DomainLosses:
-    """Row sums of every domain -> losses with their standard errors."""
+    """Row sums of every domain -> losses with their standard errors.
+
+    All means are over the tokens of `held_out`; a teacher with other tokens is given by its nats on the same
+    text, and its loss is then per token of the student.
+    """
     names = tuple(sorted(held_out))
     means = {name: _mean_and_error(student[name], held_out[name].num_tokens) for name in names}
     teacher_means = {name: _mean_and_error(teacher[name], held_out[name].num_tokens) for name in names}
     gaps = {name: _mean_and_error(student[name] - teacher[name], held_out[name].num_tokens) for name in names}
+    num_tokens = np.array([held_out[name].num_tokens.sum() for name in names])
+
+    def optional(sums: Mapping[str, Float[np.ndarray, " R"]] | None) -> Float[np.ndarray, " N"] | None:
+        return None if sums is None else np.array([sums[name].sum() for name in names]) / num_tokens
+
     return DomainLosses(
         domains=names,
         effective_rows=np.array([_effective_rows(held_out[name].num_tokens) for name in names]),
@@ -191,8 +134,10 @@ def summarise(
         teacher_loss=np.array([teacher_means[name][0] for name in names]),
         student_error=np.array([means[name][1] for name in names]),
         gap_error=np.array([gaps[name][1] for name in names]),
-        num_tokens=np.array([held_out[name].num_tokens.sum() for name in names]),
+        num_tokens=num_tokens,
         num_bytes=np.array([held_out[name].num_bytes.sum() for name in names]),
+        excess_loss=optional(excess),
+        forward_kl=optional(divergence),
     )
 
 
@@ -208,38 +153,6 @@ def _mean_and_error(sums: Float[np.ndarray, " R"], counts: Int[np.ndarray, " R"]
 def _effective_rows(counts: Int[np.ndarray, " R"]) -> float:
     """How many equally long rows would weigh as these do: Kish's effective size."""
     return float(counts.sum() ** 2 / (counts**2).sum())
-
-
-class NatsCache:
-    """Row sums of one frozen model on disk, one small file per domain, keyed by content.
-
-    A file is the SHA-256 of what follows and the sums as float64: damage costs a measurement, no more.
-    """
-
-    def __init__(self, folder: Path, model: str) -> None:
-        """`model` is the fingerprint of everything about the model that changes its losses."""
-        self._folder, self._model = folder, model
-
-    def load(self, held_out: HeldOutRows) -> Float[np.ndarray, " R"] | None:
-        """The sums, or None if they are not there or cannot be read."""
-        try:
-            data = self._path(held_out).read_bytes()
-        except OSError:
-            return None
-        digest, data = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
-        if digest != sha256(data).digest() or len(data) != 8 * len(held_out.num_tokens):
-            return None
-        return np.frombuffer(data, dtype="<f8").copy()
-
-    def save(self, held_out: HeldOutRows, sums: Float[np.ndarray, " R"]) -> None:
-        """Keep the sums; atomic."""
-        data = sums.astype("<f8").tobytes()
-        with replacing(self._path(held_out)) as file:
-            file.write(sha256(data).digest() + data)
-
-    def _path(self, held_out: HeldOutRows) -> Path:
-        key = hash_json([self._model, held_out.key])
-        return self._folder / f"{held_out.domain}-{key[:16]}.f8"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -260,29 +173,70 @@ class Evaluator:
         self, token_nats: TokenNats, cache: NatsCache | None = None
     ) -> dict[str, Float[np.ndarray, " R"]]:
         """Row sums of a model for every domain, taken from the cache and put there if one is given."""
-        result = {}
+        return dict(self.frozen(token_nats, cache).sums)
+
+    def frozen(
+        self, token_nats: TokenNats, cache: NatsCache | None = None, *, tokens: bool = False
+    ) -> TeacherNats:
+        """Row sums of a frozen model for every domain, with the losses of its single tokens if they are
+        wanted; taken from the cache and put there if one is given. What is there stays as it is."""
+        sums, singles = {}, {}
         for name, held_out in self.held_out.items():
             known = cache.load(held_out) if cache else None
+            single = cache.load_tokens(held_out) if cache and tokens else None
             # all ranks measure or none does: a rank that sees the file late must not wait alone
-            absent = self.reduce(torch.tensor(float(known is None), device=self.device))
-            if known is None or absent.item() > 0:
-                known = self._measure(held_out, token_nats)
+            lacks_sums = self._anywhere(known is None)
+            lacks_tokens = tokens and self._anywhere(single is None)
+            if lacks_sums or lacks_tokens:
+                found, table = self._measure(held_out, token_nats, tokens=lacks_tokens)
+                known = found if lacks_sums else known
+                single = table if lacks_tokens else single
                 if cache and self.rank == 0:
-                    cache.save(held_out, known)
-            result[name] = known
-        return result
+                    if lacks_sums:
+                        cache.save(held_out, found)
+                    if table is not None:
+                        cache.save_tokens(held_out, table)
+            assert known is not None
+            sums[name], singles[name] = known, single
+        kept = {name: single for name, single in singles.items() if single is not None}
+        return TeacherNats(sums=sums, tokens=kept if tokens else None)
 
-    def cached(self, cache: NatsCache) -> dict[str, Float[np.ndarray, " R"]] | None:
-        """Row sums of every domain from the cache; None on all ranks if one of them lacks one."""
-        known = {name: cache.load(held_out) for name, held_out in self.held_out.items()}
-        found = {name: sums for name, sums in known.items() if sums is not None}
-        absent = torch.tensor(float(len(found) < len(known)), device=self.device)
-        return None if self.reduce(absent).item() > 0 else found
+    def cached(self, cache: NatsCache, *, tokens: bool = False) -> TeacherNats | None:
+        """What `frozen` gives, from the cache; None on all ranks if one of them lacks some of it."""
+        sums = {name: cache.load(held_out) for name, held_out in self.held_out.items()}
+        singles = {name: cache.load_tokens(rows) for name, rows in self.held_out.items()} if tokens else {}
+        found = {name: one for name, one in sums.items() if one is not None}
+        kept = {name: one for name, one in singles.items() if one is not None}
+        lacking = len(found) < len(sums) or len(kept) < len(singles)
+        if self._anywhere(lacking):
+            return None
+        return TeacherNats(sums=found, tokens=kept if tokens else None)
 
-    def _measure(self, held_out: HeldOutRows, token_nats: TokenNats) -> Float[np.ndarray, " R"]:
-        sums = row_nats(
+    def _anywhere(self, found: bool) -> bool:
+        """Whether something holds on any rank."""
+        return bool(self.reduce(torch.tensor(float(found), device=self.device)).item() > 0)
+
+    def _measure(
+        self, held_out: HeldOutRows, token_nats: TokenNats, *, tokens: bool
+    ) -> tuple[Float[np.ndarray, " R"], Float32[np.ndarray, " n"] | None]:
+        table = torch.zeros(int(held_out.num_tokens.sum()) if tokens else 0, dtype=torch.float32)
+
+        def values(rows: Sequence[int], input_ids: Tensor, labels: Tensor) -> Tensor:
+            nats = token_nats(input_ids, labels)
+            if tokens and rows:
+                table[_places(held_out, rows)] = nats.float().cpu()
+            return nats[None]
+
+        sums = self._row_sums(held_out, values, 1)[0]
+        if not tokens:
+            return sums, None
+        return sums, self.reduce(table.to(self.device)).cpu().numpy()
+
+    def _row_sums(self, held_out: HeldOutRows, values: _Values, count: int) -> Float[np.ndarray, "k R"]:
+        sums = row_sums(
             held_out,
-            token_nats,
+            values,
+            count,
             batch_rows=self.batch_rows,
             device=self.device,
             rank=self.rank,
@@ -291,6 +245,58 @@ class Evaluator:
         )
         return self.reduce(sums.to(self.device)).cpu().numpy()
 
-    def measure(self, student: TokenNats, teacher: Mapping[str, Float[np.ndarray, " R"]]) -> DomainLosses:
-        """The student's losses beside the teacher's row sums."""
-        return summarise(self.held_out, self.sums(student), teacher)
+    def measure(
+        self,
+        student: TokenNats | WithDivergence,
+        teacher: Mapping[str, Float[np.ndarray, " R"]] | TeacherNats,
+    ) -> DomainLosses:
+        """The student's losses beside the teacher's.
+
+        Args:
+            student: its loss at predicted tokens, with its KL to the teacher where `forward_kl` is wanted.
+            teacher: row sums; with the losses of single tokens `excess_loss` is measured.
+        """
+        beside = teacher if isinstance(teacher, TeacherNats) else TeacherNats(sums=teacher)
+        has_kl = isinstance(student, WithDivergence)
+        sums: dict[str, dict[str, Float[np.ndarray, " R"]]] = {"student": {}, "kl": {}, "excess": {}}
+        for name, held_out in self.held_out.items():
+            own = None if beside.tokens is None else beside.tokens[name]
+            names = ["student", *["kl"] * has_kl, *["excess"] * (own is not None)]
+            values = _student_values(student, held_out, own)
+            for column, found in zip(names, self._row_sums(held_out, values, len(names)), strict=True):
+                sums[column][name] = found
+        return summarise(
+            self.held_out,
+            sums["student"],
+            beside.sums,
+            excess=None if beside.tokens is None else sums["excess"],
+            divergence=sums["kl"] if has_kl else None,
+        )
+
+
+def _student_values(
+    student: TokenNats | WithDivergence, held_out: HeldOutRows, teacher: Float32[np.ndarray, " n"] | None
+) -> _Values:
+    """Cross-entropy; KL if it is measured; max(0, student - teacher) if the teacher's losses are known."""
+
+    def values(rows: Sequence[int], input_ids: Tensor, labels: Tensor) -> Tensor:
+        if isinstance(student, WithDivergence):
+            found = student.values(held_out.domain, input_ids, labels)
+        else:
+            found = student(input_ids, labels)[None]
+        found = found.double().cpu()
+        if teacher is None:
+            return found
+        if not rows:  # for the other ranks' sake; the values count nowhere
+            return torch.cat([found, found[:1]])
+        theirs = torch.from_numpy(teacher)[_places(held_out, rows)].double()
+        return torch.cat([found, (found[:1] - theirs).clamp(min=0)])
+
+    return values
+
+
+def _places(held_out: HeldOutRows, rows: Sequence[int]) -> Int[Tensor, " n"]:
+    """Where the predicted tokens of some rows lie among those of all rows."""
+    ends = np.cumsum(held_out.num_tokens)
+    starts = ends - held_out.num_tokens
+    return torch.from_numpy(np.concatenate([np.arange(starts[i], ends[i]) for i in rows]))

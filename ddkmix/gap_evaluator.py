@@ -3,50 +3,52 @@
 held-out rows of each domain x (student now, teacher once) -> DomainLosses
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ddkmix.card import ReferenceLoss
 from ddkmix.config import Storage, Teacher
-from ddkmix.distillation import predicted
-from ddkmix.errors import ConfigError, ModelError
-from ddkmix.evaluator import Evaluator, HeldOutRows, NatsCache, TokenNats, select_rows, summarise
+from ddkmix.domains import load_domains
+from ddkmix.errors import ConfigError
+from ddkmix.evaluator import Evaluator, TeacherNats
 from ddkmix.fingerprint import hash_json
+from ddkmix.held_out import HeldOutRows, select_rows
 from ddkmix.hub import model_fingerprint
 from ddkmix.index import DomainRows
+from ddkmix.measures import checked_measures
 from ddkmix.models import load_teacher
+from ddkmix.nats_cache import NatsCache
 from ddkmix.own_held_out import select_items
 from ddkmix.own_rows import MapDataset
 from ddkmix.pack.cards import pack_cards
+from ddkmix.predictions import device_of, divergence_of, evaluating, logits_of, token_nats_of
 from ddkmix.ranks import current_rank, sum_over_ranks
+from ddkmix.references import card_references, reference_sums
 from ddkmix.row_layout import Strategy
+from ddkmix.tokenizer import tokenizer_fingerprint
 from ddkmix.types import DomainLosses
-
-_CHUNK_TOKENS = 1024
-"""Tokens whose logits are turned into float32 at one time."""
 
 
 class GapEvaluator:
     """Measures a student on held-out rows of every domain, beside a teacher or reference losses.
 
     Rows are split over the ranks of torch.distributed; all ranks must call `measure` together. The teacher is
-    measured once, when first needed, and let go. Given as a folder or Hub id, its row sums are kept in
-    `cache_dir` and it is not even loaded the next time.
+    measured once, when first needed, and let go, unless `forward_kl` wants it every time. Given as a folder
+    or Hub id, its losses are kept in `cache_dir` and it is not even loaded the next time.
 
     Args:
         held_out: rows of each domain: packed ones, or your own dataset of items with `input_ids` and
             optionally `labels` (unshifted, -100 where nothing is predicted) and `attention_mask`.
         teacher: a model, measured on the device where it is, or the folder or Hub id of one; must share the
             student's vocabulary.
-        reference: instead of a teacher: losses to compare with, nats per token, by domain. With neither,
-            the gap is the student's loss itself.
+        reference: instead of a teacher: losses to compare with by domain, nats per token, or as a card's
+            `reference_loss`. With neither, the gap is the student's loss itself.
         rows: most rows of each domain; the same ones for every student.
         batch_rows: rows in one forward pass; their logits exist at one time (rows x tokens x vocabulary).
         logits: (model, input_ids (B, T)) -> logits (B, T, V); when None the model is called with
@@ -54,10 +56,13 @@ class GapEvaluator:
         teacher_dtype: "float32" or "bfloat16", of a teacher that is loaded here.
         cache_dir: where the teacher's sums are kept.
         storage: how remote rows are read; the defaults of a config when None.
+        measures: what to measure beside the losses. "excess_loss": the mean of max(0, student - teacher) over
+            tokens; "forward_kl": the mean of KL(teacher || student), for which the teacher stays loaded, on
+            the student's device, and reads the rows each time. A policy names them in its `needs`.
 
     Raises:
-        ConfigError: teacher and reference together, reference losses of other domains or not finite, or a
-            dataset that is not map-style.
+        ConfigError: teacher and reference together, reference losses of other domains or not finite, a
+            dataset that is not map-style, or measures without a teacher.
         DataError: an item cannot be used, or a domain has nothing to predict.
     """
 
@@ -66,13 +71,14 @@ class GapEvaluator:
         held_out: Mapping[str, DomainRows] | Mapping[str, MapDataset],
         *,
         teacher: nn.Module | str | Path | None = None,
-        reference: Mapping[str, float] | None = None,
+        reference: Mapping[str, float] | Mapping[str, ReferenceLoss] | None = None,
         rows: int = 500,
         batch_rows: int = 8,
         logits: Callable[[nn.Module, Int[Tensor, "B T"]], Float[Tensor, "B T V"]] | None = None,
         teacher_dtype: str = "float32",
         cache_dir: Path | str = ".cache/ddkmix",
         storage: Storage | None = None,
+        measures: Iterable[str] = (),
     ) -> None:
         if not isinstance(held_out, Mapping):
             raise ConfigError(f"held_out is a {type(held_out).__name__}; give a dict {{domain: rows}}.")
@@ -82,12 +88,20 @@ class GapEvaluator:
             raise ConfigError(
                 f"reference losses are of {sorted(reference)} and held-out rows of {sorted(held_out)}."
             )
-        if reference is not None and not all(map(isfinite, reference.values())):
+        numbers = [loss for loss in (reference or {}).values() if not isinstance(loss, ReferenceLoss)]
+        if reference is not None and not all(map(isfinite, numbers)):
             raise ConfigError(f"reference losses are {dict(reference)}; each must be a finite number.")
         if rows < 1 or batch_rows < 1 or not held_out:
             raise ConfigError(
                 f"rows = {rows}, batch_rows = {batch_rows}, held_out of {sorted(held_out)}; the numbers must "
                 "be at least 1, and there must be a domain."
+            )
+        self.measures: frozenset[str] = checked_measures(measures, where="GapEvaluator: measures =")
+        """What it measures beside the losses."""
+        if self.measures and teacher is None:
+            raise ConfigError(
+                f"GapEvaluator: measures = {sorted(self.measures)} look at a teacher token by token, and "
+                "there is none; give teacher=..., or leave measures out."
             )
         self.domains: tuple[str, ...] = tuple(sorted(held_out))
         """Names of the domains, sorted."""
@@ -95,9 +109,9 @@ class GapEvaluator:
             name: _select(name, held_out[name], rows) for name in self.domains
         }
         self._teacher, self._reference = teacher, reference
-        self._batch_rows, self._logits, self._storage = batch_rows, logits or _logits_of, storage
+        self._batch_rows, self._logits, self._storage = batch_rows, logits or logits_of, storage
         self._teacher_dtype, self._cache_dir = teacher_dtype, Path(cache_dir)
-        self._sums: Mapping[str, Float[np.ndarray, " R"]] | None = None
+        self._nats: TeacherNats | None = None
 
     @classmethod
     def from_cards(
@@ -115,6 +129,8 @@ class GapEvaluator:
     ) -> "GapEvaluator":
         """The evaluator of the held-out rows of some domain cards; packs what the cache lacks.
 
+        Without a teacher and reference losses, the gap is to those that the cards name, if they do.
+
         Args:
             cards: card files, globs or folders.
             tokenizer: local folder or Hub id.
@@ -125,8 +141,11 @@ class GapEvaluator:
 
         Raises:
             ConfigError: an argument is wrong.
-            DataError: a card or its shards are wrong.
+            DataError: a card or its shards are wrong, or some cards have a reference loss and others not.
         """
+        if options.get("teacher") is None and options.get("reference") is None:
+            domains = load_domains([cards] if isinstance(cards, str) else cards, storage)
+            options["reference"] = card_references(domains, tokenizer_fingerprint(tokenizer))
         packed = pack_cards(
             cards,
             tokenizer=tokenizer,
@@ -152,13 +171,16 @@ class GapEvaluator:
             ModelError: the teacher cannot be loaded, or a model gives no logits of the rows' tokens.
             DataError: a row cannot be read.
         """
-        evaluator = self._evaluator(_device_of(model))
-        if self._sums is None:
-            self._sums = self._teacher_sums(evaluator)
-            self._teacher = None
-        with _evaluating(model):
-            student = evaluator.sums(self._token_nats(model))
-        return summarise(self._held_out, student, self._sums)
+        evaluator = self._evaluator(device_of(model))
+        if self._nats is None:
+            self._nats = self._teacher_nats(evaluator)
+            self._teacher = self._live(evaluator.device) if "forward_kl" in self.measures else None
+        with evaluating(model):
+            if self._teacher is None:
+                return evaluator.measure(token_nats_of(model, self._logits), self._nats)
+            assert isinstance(self._teacher, nn.Module)
+            with evaluating(self._teacher):
+                return evaluator.measure(divergence_of(model, self._teacher, self._logits), self._nats)
 
     def _evaluator(self, device: torch.device) -> Evaluator:
         rank, world_size = current_rank()
@@ -172,97 +194,30 @@ class GapEvaluator:
             storage=self._storage,
         )
 
-    def _teacher_sums(self, evaluator: Evaluator) -> Mapping[str, Float[np.ndarray, " R"]]:
-        teacher, cache = self._teacher, None
+    def _teacher_nats(self, evaluator: Evaluator) -> TeacherNats:
+        teacher, cache, tokens = self._teacher, None, "excess_loss" in self.measures
         if teacher is None:
-            means = self._reference or dict.fromkeys(self.domains, 0.0)
-            return {name: means[name] * held_out.num_tokens for name, held_out in self._held_out.items()}
+            reference = self._reference or dict.fromkeys(self.domains, 0.0)
+            return TeacherNats(sums=reference_sums(self._held_out, reference))
         if not isinstance(teacher, nn.Module):
             name = str(teacher)
             fingerprint = model_fingerprint(name, None, self._cache_dir)
             key = hash_json([fingerprint, self._teacher_dtype, evaluator.device.type, "logits"])
             cache = NatsCache(self._cache_dir / "teacher_nats", key)
-            if (known := evaluator.cached(cache)) is not None:
+            if (known := evaluator.cached(cache, tokens=tokens)) is not None:
                 return known
-            teacher = load_teacher(Teacher.model_validate({"model": name, "dtype": self._teacher_dtype}))
-            teacher.to(evaluator.device)
+            self._teacher = teacher = self._live(evaluator.device)
         # in its own precision, whatever the loop around trains in: the sums are kept under that name
-        with _evaluating(teacher), torch.autocast(evaluator.device.type, enabled=False):
-            return evaluator.sums(self._token_nats(teacher), cache)
+        with evaluating(teacher), torch.autocast(evaluator.device.type, enabled=False):
+            return evaluator.frozen(token_nats_of(teacher, self._logits), cache, tokens=tokens)
 
-    def _token_nats(self, model: nn.Module) -> TokenNats:
-        """Cross-entropy of the predicted tokens of a batch, from the model's logits."""
-
-        device, classes = _device_of(model), _embedded(model)
-
-        @torch.no_grad()
-        def nats(input_ids: Tensor, labels: Tensor) -> Tensor:
-            input_ids, labels = input_ids.to(device), labels.to(device)
-            largest = int(torch.maximum(input_ids, labels).max())
-            _check_vocabulary(model, largest, classes)  # before the forward pass: a GPU does not recover
-            logits = self._logits(model, input_ids)
-            if logits.ndim != 3 or logits.shape[:2] != input_ids.shape:
-                raise ModelError(
-                    f"{type(model).__name__} gives logits {tuple(logits.shape)} for tokens "
-                    f"{tuple(input_ids.shape)}; they must be (B, T, V). Pass logits=... if it is called in "
-                    "another way."
-                )
-            _check_vocabulary(model, largest, logits.shape[2])
-            where = predicted(labels)
-            chosen, targets = logits[:, :-1][where], labels[:, 1:][where]
-            parts = zip(torch.split(chosen, _CHUNK_TOKENS), torch.split(targets, _CHUNK_TOKENS), strict=True)
-            return torch.cat(
-                [nn.functional.cross_entropy(part.float(), own, reduction="none") for part, own in parts]
-            )
-
-        return nats
+    def _live(self, device: torch.device) -> nn.Module:
+        """The teacher as a module; one that was given stays where it is."""
+        if isinstance(self._teacher, nn.Module):
+            return self._teacher
+        config = Teacher.model_validate({"model": str(self._teacher), "dtype": self._teacher_dtype})
+        return load_teacher(config).to(device)
 
 
 def _select(name: str, rows: Any, limit: int) -> HeldOutRows:
     return select_rows(rows, limit) if isinstance(rows, DomainRows) else select_items(name, rows, limit)
-
-
-def _logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
-    found = model(input_ids)
-    if isinstance(found, Tensor):
-        return found
-    logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise ModelError(
-            f"{type(model).__name__} gives a {type(found).__name__} without logits; pass logits=(model, "
-            "input_ids) -> logits to GapEvaluator."
-        )
-    return logits
-
-
-def _check_vocabulary(model: nn.Module, largest: int, classes: int | None) -> None:
-    if classes is not None and largest >= classes:
-        raise ModelError(
-            f"{type(model).__name__} knows {classes} tokens and held-out rows have token {largest}; teacher "
-            "and student must share the tokenizer of the rows."
-        )
-
-
-def _embedded(model: nn.Module) -> int | None:
-    """Tokens that a transformers model, wrapped or not, has embeddings for; None of other models."""
-    for module in model.modules():
-        embeddings: Any = getattr(module, "get_input_embeddings", None)
-        if embeddings is not None:
-            return getattr(embeddings(), "num_embeddings", None)
-    return None
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module is as before afterwards, also those that were in it already."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

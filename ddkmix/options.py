@@ -18,6 +18,9 @@ def gaps_config(
 ) -> RunConfig:
     """A config for `gaps`: the given one, or one made of the options, with the options on top.
 
+    Without a config and a teacher, the gaps are to the cards' reference losses, and the student's tokenizer
+    packs the rows.
+
     Raises:
         ConfigError: neither is enough, or a value is wrong.
     """
@@ -35,13 +38,11 @@ def gaps_config(
         extra.append(f"domains={json.dumps([domains])}")
     if config is not None:
         return load_config(config, [*(overrides or []), *extra])
-    missing = [
-        name
-        for name, value in (("--student", student), ("--teacher", teacher), ("--domains", domains))
-        if value is None
-    ]
+    missing = [name for name, value in (("--student", student), ("--domains", domains)) if value is None]
     if missing:
         raise ConfigError(f"gaps needs a CONFIG, or {' and '.join(missing)} as well.")
+    if teacher is None and not any(override.startswith("teacher.") for override in overrides or []):
+        extra += [f"teacher.model={json.dumps(student)}", "evaluation.reference=cards"]
     base = {"run_dir": "unused", "trainer": {"steps": 1}, "teacher": {}, "student": {}}
     return parse_overrides(base, [*extra, *(overrides or [])], where="the options")
 

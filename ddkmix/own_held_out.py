@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from ddkmix.config import Storage
 from ddkmix.errors import ConfigError, DataError
-from ddkmix.evaluator import OpenRows
 from ddkmix.fingerprint import hash_json
+from ddkmix.held_out import OpenRows
 from ddkmix.own_rows import MapDataset, count_items, integers, read_item
 from ddkmix.sources import IGNORE
 
@@ -39,17 +40,21 @@ class OwnHeldOut:
 
     def open(self, storage: Storage | None) -> OpenRows:
         """The items, padded at the end to the longest of a batch."""
-        return OpenRows(self._read, lambda: None)
+        return OpenRows(partial(padded, self.items), lambda: None)
 
-    def _read(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-        longest = max(len(self.items[i][0]) for i in chosen)
-        input_ids = torch.zeros(len(chosen), longest, dtype=torch.int64)
-        labels = torch.full_like(input_ids, IGNORE)
-        for row, i in enumerate(chosen):
-            ids, own = self.items[i]
-            input_ids[row, : len(ids)] = torch.from_numpy(ids)
-            labels[row, : len(own)] = torch.from_numpy(own)
-        return input_ids, labels
+
+def padded(
+    items: Sequence[tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]], chosen: Sequence[int]
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """input_ids and labels of some items, padded at the end to the longest."""
+    longest = max(len(items[i][0]) for i in chosen)
+    input_ids = torch.zeros(len(chosen), longest, dtype=torch.int64)
+    labels = torch.full_like(input_ids, IGNORE)
+    for row, i in enumerate(chosen):
+        ids, own = items[i]
+        input_ids[row, : len(ids)] = torch.from_numpy(ids)
+        labels[row, : len(own)] = torch.from_numpy(own)
+    return input_ids, labels
 
 
 def select_items(domain: str, dataset: MapDataset, limit: int) -> OwnHeldOut:

@@ -7,7 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from ddkmix.alignment import token_bytes
+from ddkmix.card import ReferenceLoss
+from ddkmix.common_tokenizer import (
+    check_student_tokenizer,
+    find_packer,
+    read_gap_tokenizers,
+    read_tokenizers,
+)
 from ddkmix.config import RunConfig
 from ddkmix.domains import Domain, load_domains
 from ddkmix.errors import ConfigError, ModelError
@@ -16,11 +22,11 @@ from ddkmix.hub import check_layers, common_vocab, read_model_config
 from ddkmix.losses import LossTerm, build_terms, check_terms, check_weights
 from ddkmix.losses.hidden_consistency import HiddenConsistency
 from ddkmix.losses.hidden_match import HiddenMatch, check_layers_exist
-from ddkmix.pack import read_packed
+from ddkmix.measures import check_measures, needs_of
 from ddkmix.policies import Guarded, WeightPolicy, build_policy, guarded, next_state
-from ddkmix.storage.location import is_remote
+from ddkmix.references import wanted_references
 from ddkmix.teachers import DEFAULT, Teachers, find_teachers
-from ddkmix.tokenizer import TokenizerCard, check_separator, read_tokenizer, tokenizer_fingerprint
+from ddkmix.tokenizer import TokenizerCard, check_separator, tokenizer_fingerprint
 from ddkmix.trackers import check_trackers
 from ddkmix.types import DomainLosses
 
@@ -32,7 +38,9 @@ class Prepared:
     config: RunConfig
     domains: tuple[Domain, ...]
     tokenizer: TokenizerCard
-    """Of the rows, and of the student."""
+    """Of the student, and of the rows."""
+    packer: TokenizerCard
+    """Of the rows, where only gaps between two tokenizers are measured: either of them."""
     teacher_tokenizer: TokenizerCard | None
     """Where the teacher has another one."""
     policy: WeightPolicy
@@ -41,6 +49,10 @@ class Prepared:
     teachers: Teachers
     vocab_size: int | None
     """Classes that teachers and student share, where their padding differs."""
+    measures: frozenset[str]
+    """What is measured beside the losses."""
+    references: Mapping[str, ReferenceLoss] | None
+    """What gaps are to, by domain, where it is not the teacher."""
 
     @property
     def separator_id(self) -> int | None:
@@ -61,9 +73,19 @@ class Prepared:
         other = [] if theirs is None else [theirs.fingerprint, theirs.separator_id]
         return hash_json([own, self.vocab_size, self.separator_id, *other])
 
+    def gap_fingerprint(self, domain: str) -> str:
+        """Changes with what the student's losses in a domain are compared with."""
+        own = self.teacher_fingerprint(domain)
+        return own if self.references is None else hash_json([own, self.references[domain].model_dump()])
 
-def check(config: RunConfig) -> Prepared:
+
+def check(config: RunConfig, *, only_gaps: bool = False) -> Prepared:
     """Find and check everything that a config names, without loading a model.
+
+    Args:
+        config: the run.
+        only_gaps: nothing is to be trained, so that two tokenizers are no obstacle, and what the policy needs
+            is nobody's business.
 
     Raises:
         DdkmixError: the first thing that is wrong.
@@ -76,22 +98,28 @@ def check(config: RunConfig) -> Prepared:
     _check_batch(config)
     check_trackers(config.tracking.trackers)
     teacher = read_model_config(config.teacher.model, config.teacher.revision)
-    tokenizer, teacher_tokenizer = read_tokenizers(config, terms)
+    read = read_gap_tokenizers if only_gaps else read_tokenizers
+    tokenizer, teacher_tokenizer = read(config, terms)
+    measures = frozenset(config.evaluation.measures) | (frozenset() if only_gaps else needs_of(policy))
+    live = only_gaps or config.signal.source == "live"
+    check_measures(measures, config, live=live, one_tokenizer=teacher_tokenizer is None)
     if config.trainer.document_boundaries:
         for own in filter(None, (tokenizer, teacher_tokenizer)):
             check_separator(own)
-    _check_local_rows(config, domains, tokenizer)
+    two = [tokenizer, teacher_tokenizer] if only_gaps and teacher_tokenizer is not None else []
+    packer = find_packer(config, domains, two or [tokenizer])
     teachers = find_teachers(config, domains)
     _check_signal(config, terms)
     student = _student_config(config, teacher)
     _check_matching(config, terms, teachers, student)
-    _check_student_tokenizer(config, tokenizer)
+    check_student_tokenizer(config, tokenizer)
     if teacher_tokenizer is not None:
         _check_only_teacher(teachers, config)
     models = {"student": student, **_further_teachers(teachers, tokenizer)}
     if DEFAULT in teachers.models:
         models = {"teacher": teacher, **models}
-    _check_positions(config, models)
+    if not two:  # else texts are cut where they are too long for one of the models
+        _check_positions(config, models)
     sizes = {name: model["vocab_size"] for name, model in models.items() if model.get("vocab_size")}
     if teacher_tokenizer is not None:
         common_vocab({"teacher": sizes.pop("teacher")}, teacher_tokenizer.vocab_size)
@@ -99,42 +127,15 @@ def check(config: RunConfig) -> Prepared:
         config=config,
         domains=domains,
         tokenizer=tokenizer,
+        packer=packer,
         teacher_tokenizer=teacher_tokenizer,
         policy=policy,
         terms=terms,
         teachers=teachers,
         vocab_size=common_vocab(sizes, tokenizer.vocab_size),
+        measures=measures,
+        references=_references(config, domains, tokenizer),
     )
-
-
-def read_tokenizers(
-    config: RunConfig, terms: Sequence[LossTerm]
-) -> tuple[TokenizerCard, TokenizerCard | None]:
-    """The tokenizer that packs the rows, and the teacher's where that is another one.
-
-    Rows are packed with the teacher's, which the student shares; with the student's where the objective can
-    compare two vocabularies and the student's model has a tokenizer of its own.
-
-    Raises:
-        ModelError: a tokenizer cannot be used.
-        ConfigError: a loss needs one vocabulary and there are two.
-    """
-    teacher, student = config.teacher, config.student
-    across = [term.name for term in terms if _is_across(term)]
-    if across and student.init != "prune" and student.model is not None:
-        own = read_tokenizer(student.model, revision=student.revision, separator=config.pack.separator)
-        theirs = read_tokenizer(teacher.model, revision=teacher.revision)
-        if own.fingerprint != theirs.fingerprint:
-            for term in terms:
-                if term.loss.needs_teacher and not _is_across(term):
-                    raise ConfigError(
-                        f"loss {term.name} compares distributions over one vocabulary, and student "
-                        f"{student.model} and teacher {teacher.model} have different tokenizers; use only "
-                        f"{', '.join(across)} and losses without a teacher."
-                    )
-            token_bytes(own.path)
-            return own, theirs
-    return read_tokenizer(teacher.model, revision=teacher.revision, separator=config.pack.separator), None
 
 
 def dummy_losses(domains: tuple[str, ...], gap: float = 1.0) -> DomainLosses:
@@ -211,20 +212,12 @@ def _check_batch(config: RunConfig) -> None:
         )
 
 
-def _check_local_rows(config: RunConfig, domains: tuple[Domain, ...], tokenizer: TokenizerCard) -> None:
-    """What lies on stores is looked at when the run begins, or with `lint --remote`."""
-    local = [domain for domain in domains if domain.rows is not None and not is_remote(domain.rows)]
-    read_packed(
-        local,
-        tokenizer,
-        seq_len=config.pack.seq_len,
-        cache_dir=config.cache_dir,
-        storage=config.storage,
-    )
-
-
-def _is_across(term: LossTerm) -> bool:
-    return "cross" in getattr(term.loss, "accepts", ())
+def _references(
+    config: RunConfig, domains: tuple[Domain, ...], tokenizer: TokenizerCard
+) -> Mapping[str, ReferenceLoss] | None:
+    if config.evaluation.reference == "teacher":
+        return None
+    return wanted_references(domains, tokenizer.fingerprint)
 
 
 def _check_only_teacher(teachers: Teachers, config: RunConfig) -> None:
@@ -270,17 +263,3 @@ def _student_config(config: RunConfig, teacher: dict[str, Any]) -> dict[str, Any
     if student.model is None:
         return {**teacher, **student.overrides}
     return {**read_model_config(student.model, student.revision), **student.overrides}
-
-
-def _check_student_tokenizer(config: RunConfig, tokenizer: TokenizerCard) -> None:
-    if config.student.init != "load":
-        return
-    assert config.student.model is not None
-    own = tokenizer_fingerprint(config.student.model, config.student.revision)
-    if own != tokenizer.fingerprint:
-        raise ModelError(
-            f"student {config.student.model} and teacher {config.teacher.model} have different tokenizers "
-            f"({own[:12]} and {tokenizer.fingerprint[:12]}); their losses per token cannot be "
-            "compared and a token id means different text. Use a student with the teacher's tokenizer, or "
-            "the losses uld or gold, which compare two vocabularies."
-        )

@@ -14,6 +14,7 @@ import numpy as np
 
 from ddkmix.config import Guards
 from ddkmix.errors import ConfigError, DataError, DdkmixError, RunError
+from ddkmix.measures import needs_of
 from ddkmix.planned_mixture import PlannedMixture
 from ddkmix.planner import quantise
 from ddkmix.policies import PolicyState, WeightPolicy, next_state, policy_of, weights_of
@@ -58,8 +59,8 @@ class Reweighter:
         on_losses: called with (step, losses, weights now in force) after every measurement.
 
     Raises:
-        ConfigError: the policy or its guards are wrong, `interval_steps` is below 1, or evaluator and mixture
-            are of different domains.
+        ConfigError: the policy or its guards are wrong, `interval_steps` is below 1, evaluator and mixture are
+            of different domains, or the evaluator does not measure what the policy needs.
     """
 
     def __init__(
@@ -75,9 +76,11 @@ class Reweighter:
         if interval_steps < 1:
             raise ConfigError(f"interval_steps = {interval_steps}; it must be at least 1 optimizer step.")
         check_evaluator(evaluator, mixture.domains)
+        policy = policy_of(policy)
+        _check_measures(evaluator, policy)
         self.mixture: PlannedMixture[Any] = mixture
         """What it sets the weights of."""
-        self.policy: WeightPolicy = guarded(policy_of(policy), guards)
+        self.policy: WeightPolicy = guarded(policy, guards)
         """What it asks; a `ddkmix.policies.Guarded` where there are guards."""
         if isinstance(self.policy, Guarded):
             check_guards(self.policy.guards, len(mixture.domains))
@@ -283,6 +286,16 @@ def check_evaluator(evaluator: object, domains: Sequence[str]) -> None:
         raise ConfigError(
             f"the evaluator measures {measured} and the mixture has {wanted}; they must be of the same "
             "domains. from_cards takes a folder, a glob or a list: give it the cards of these domains."
+        )
+
+
+def _check_measures(evaluator: object, policy: WeightPolicy) -> None:
+    """An evaluator that says what it measures must measure what the policy needs."""
+    lacking = sorted(needs_of(policy) - getattr(evaluator, "measures", needs_of(policy)))
+    if lacking:
+        raise ConfigError(
+            f"policy {type(policy).__name__} needs {' and '.join(lacking)}, which this evaluator does not "
+            f"measure; GapEvaluator(..., measures={lacking})."
         )
 
 

@@ -19,6 +19,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Measure = Literal["excess_loss", "forward_kl"]
 DecayShape = Literal["cosine", "linear", "sqrt"]
 
 
@@ -275,6 +276,11 @@ class Evaluation(Section):
     """Held-out rows per domain (DDK: 500); all of them where a domain has fewer."""
     batch_rows: PositiveInt = 8
     """Rows in a forward pass."""
+    measures: tuple[Measure, ...] = ()
+    """What to measure beside the losses, whether or not the policy needs it. `excess_loss`: max(0, student -
+    teacher) of every token. `forward_kl`: KL(teacher || student); the teacher reads the rows every time."""
+    reference: Literal["teacher", "cards"] = "teacher"
+    """What the gap is to: the teacher's loss, or the `reference_loss` that every card names."""
 
 
 class Trainer(Section):

@@ -1,4 +1,4 @@
-"""From a checked config to the parts of a run: what `train` and `gaps` do before the first step."""
+"""From a checked config to the parts of a run: what `train` does before the first step."""
 
 import os
 import sys
@@ -12,22 +12,21 @@ from ddkmix.config import RunConfig
 from ddkmix.distillation import DistillationModel
 from ddkmix.errors import ConfigError, RunError
 from ddkmix.evaluator import Evaluator
+from ddkmix.held_out import HeldOutRows, select_rows
 from ddkmix.matching import Matching, consistency_of, hidden_match_of
 from ddkmix.metrics import LossWindow
 from ddkmix.models import build_student, save_student
 from ddkmix.pack import PackedDomain
-from ddkmix.policies import WeightPolicy
-from ddkmix.policies.guards import unguarded
 from ddkmix.preflight import Prepared, check
-from ddkmix.prepare import open_mixture, open_rows
+from ddkmix.prepare import open_mixture, open_rows, storage_of
 from ddkmix.provenance import DataBlock, describe, record_data
 from ddkmix.reweighting import Reweighter
 from ddkmix.signals import noting_signals
 from ddkmix.teacher import LiveTeacher, SignalSource
-from ddkmix.teaching import open_evaluator, open_teachers, open_teaching, teacher_sums
+from ddkmix.teaching import open_teaching
 from ddkmix.trackers import check_taken
 from ddkmix.tracking import progress_bar
-from ddkmix.trainer import Run, run_loop, token_nats
+from ddkmix.trainer import Run, run_loop
 from ddkmix.types import DomainLosses
 
 
@@ -58,7 +57,7 @@ def train(
         RunError: `config.run_dir` cannot be written or resumed, or (`Interrupted`) a signal asked to stop.
     """
     prepared = check(config)
-    accelerator = _accelerator(config)
+    accelerator = open_accelerator(config)
     found, changes = None, []
     if accelerator.is_main_process:
         found = find_run(config, resume=resume, allow_changes=allow_changes)
@@ -88,43 +87,28 @@ def train(
     return losses
 
 
-def measure_gaps(config: RunConfig) -> tuple[DomainLosses, WeightPolicy]:
-    """Held-out losses of a config's student, as it is built or loaded, beside its teacher's.
-
-    Args:
-        config: the run; nothing is trained.
-
-    Returns:
-        The losses, nats per token, and the policy that the config names, without its guards.
-
-    Raises:
-        ConfigError: the config does not fit its domains or its models.
-        DataError: a card, a shard or a held-out row is wrong, or a store cannot be reached.
-        ModelError: a model or a tokenizer cannot be used as asked.
-    """
-    prepared = check(config)
-    accelerator = _accelerator(config)
-    with accelerator.main_process_first():
-        packed = open_rows(prepared, shown=accelerator.is_main_process)
-    evaluator = _evaluator(config, packed, accelerator)
-    sums = teacher_sums(prepared, evaluator, open_teachers(prepared, accelerator.device))
-    student = build_student(config.student, config.teacher, seed=config.seed).eval()
-    model = accelerator.prepare_model(_distillation(prepared, student), evaluation_mode=True)
-    return evaluator.measure(token_nats(model), sums), unguarded(prepared.policy)
+def open_evaluator(config: RunConfig, packed: dict[str, PackedDomain], accelerator: Any) -> Evaluator:
+    """The evaluator of a config's held-out rows."""
+    limit = config.evaluation.rows
+    rows = {name: select_rows(domain.held_out, limit) for name, domain in packed.items()}
+    return evaluator_of(config, rows, accelerator)
 
 
-def _evaluator(config: RunConfig, packed: dict[str, PackedDomain], accelerator: Any) -> Evaluator:
-    return open_evaluator(
-        config,
-        {name: domain.held_out for name, domain in packed.items()},
+def evaluator_of(config: RunConfig, rows: Mapping[str, HeldOutRows], accelerator: Any) -> Evaluator:
+    """The evaluator of any held-out rows, split over the processes."""
+    return Evaluator(
+        held_out=rows,
+        batch_rows=config.evaluation.batch_rows,
         device=accelerator.device,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
+        storage=storage_of(config),
     )
 
 
-def _accelerator(config: RunConfig) -> Any:
+def open_accelerator(config: RunConfig) -> Any:
+    """Accelerate's view of the processes, with the seed set everywhere."""
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
@@ -151,7 +135,7 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
     mixture = open_mixture(
         config, packed, rank=accelerator.process_index, world_size=accelerator.num_processes
     )
-    evaluator = _evaluator(config, packed, accelerator)
+    evaluator = open_evaluator(config, packed, accelerator)
     train_rows = {name: domain.train for name, domain in packed.items()}
     teaching = open_teaching(prepared, train_rows, evaluator, mixture.domains)
     student = build_student(config.student, config.teacher, seed=config.seed)
@@ -159,7 +143,7 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
         enable: Any = getattr(student, "activation_checkpointing_enable", None)  # since transformers 5
         enable = enable or student.gradient_checkpointing_enable
         enable()
-    model = _distillation(prepared, student, teaching.source)
+    model = distillation_model(prepared, student, teaching.source)
     model, optimizer = accelerator.prepare(model, _optimizer(config, model))
     terms = [term.name for term in prepared.terms]
     return Run(
@@ -172,8 +156,9 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
         optimizer=optimizer,
         teacher=teaching.source,
         reads_places=teaching.reads_places,
-        teacher_keys={domain: prepared.teacher_fingerprint(domain) for domain in mixture.domains},
-        teacher_sums=teaching.sums,
+        teacher_keys={domain: prepared.gap_fingerprint(domain) for domain in mixture.domains},
+        teacher_nats=teaching.nats,
+        measures=prepared.measures,
         evaluator=evaluator,
         window=LossWindow(terms, mixture.domains, accelerator.device),
     )
@@ -188,7 +173,7 @@ def _describe(run: Run, prepared: Prepared, packed: dict[str, PackedDomain]) -> 
     )
 
 
-def _distillation(
+def distillation_model(
     prepared: Prepared, model: torch.nn.Module, teacher: SignalSource | None = None
 ) -> DistillationModel:
     """The student with its objective; with the projections of hidden states where there is a teacher."""

@@ -12,14 +12,17 @@ from ddkmix.config import RunConfig
 from ddkmix.cross_vocabulary import CrossVocabularyTeacher
 from ddkmix.distillation import about_predicted, predicted
 from ddkmix.errors import DataError
-from ddkmix.evaluator import Evaluator, NatsCache, TokenNats, select_rows
+from ddkmix.evaluator import Evaluator, TeacherNats, TokenNats
 from ddkmix.fingerprint import hash_json
+from ddkmix.held_out import select_rows
 from ddkmix.index import DomainRows
 from ddkmix.logits_store.reader import LogitsStore
 from ddkmix.matching import hidden_match_of
 from ddkmix.models import load_teacher
+from ddkmix.nats_cache import NatsCache
 from ddkmix.preflight import Prepared
 from ddkmix.prepare import storage_of, store_cards, stores_folder
+from ddkmix.references import reference_sums
 from ddkmix.stored_teacher import StoredTeacher
 from ddkmix.teacher import DomainTeachers, EnsembleTeacher, LiveTeacher, SignalSource, label_nats
 from ddkmix.teachers import DEFAULT
@@ -37,8 +40,8 @@ class Teaching:
     """Who teaches a run."""
 
     source: SignalSource
-    sums: dict[str, Float[np.ndarray, " R"]]
-    """Held-out row sums of each domain's teacher."""
+    nats: TeacherNats
+    """What each domain's teacher loses on held-out rows, or the references in its place."""
     reads_places: bool
     """Whether batches must say where their rows lie."""
 
@@ -60,13 +63,15 @@ def open_teaching(
     """
     if prepared.config.signal.source == "live":
         teachers = open_teachers(prepared, evaluator.device)
-        sums = teacher_sums(prepared, evaluator, teachers)
+        nats = teacher_nats(prepared, evaluator, teachers)
         source = teacher_of_all(prepared, teachers, domains)
-        return Teaching(source=source, sums=sums, reads_places=False)
+        return Teaching(source=source, nats=nats, reads_places=False)
     store = open_store(prepared, rows)
     wants_live = bool(store.missing())
-    known = stored_sums({name: store.folder(name) for name in rows}, evaluator)
-    known = _known_sums(prepared, evaluator) if known is None else known
+    sums = None
+    if prepared.references is None and "excess_loss" not in prepared.measures:  # stores keep sums alone
+        sums = stored_sums({name: store.folder(name) for name in rows}, evaluator)
+    known = _known_nats(prepared, evaluator) if sums is None else TeacherNats(sums=sums)
     teachers = open_teachers(prepared, evaluator.device) if wants_live or known is None else {}
     stored = StoredTeacher(
         store,
@@ -74,8 +79,8 @@ def open_teaching(
         device=evaluator.device,
         fallback=teacher_of_all(prepared, teachers, domains) if wants_live else None,
     )
-    sums = teacher_sums(prepared, evaluator, teachers) if known is None else known
-    return Teaching(source=stored, sums=sums, reads_places=True)
+    nats = teacher_nats(prepared, evaluator, teachers) if known is None else known
+    return Teaching(source=stored, nats=nats, reads_places=True)
 
 
 def open_store(prepared: Prepared, rows: Mapping[str, DomainRows]) -> LogitsStore:
@@ -102,6 +107,15 @@ def open_teachers(prepared: Prepared, device: torch.device) -> Mapping[str, OneT
     if prepared.teacher_tokenizer is not None:
         return {DEFAULT: _other_vocabulary(prepared, prepared.teacher_tokenizer, device)}
     return open_models(prepared, device)
+
+
+def open_reader(prepared: Prepared, device: torch.device) -> dict[str, LiveTeacher]:
+    """The teacher for texts in its own tokens."""
+    own = prepared.teacher_tokenizer
+    assert own is not None
+    apart = prepared.config.trainer.document_boundaries
+    model = load_teacher(prepared.config.teacher).to(device)
+    return {DEFAULT: LiveTeacher(model, separator_id=own.separator_id if apart else None)}
 
 
 def open_models(prepared: Prepared, device: torch.device) -> dict[str, LiveTeacher | EnsembleTeacher]:
@@ -164,7 +178,7 @@ def stored_sums(
         name: replace(evaluator, held_out={name: held_out}).cached(held_out_cache(folders[name]))
         for name, held_out in evaluator.held_out.items()
     }
-    sums = {name: own[name] for name, own in found.items() if own is not None}
+    sums = {name: own.sums[name] for name, own in found.items() if own is not None}
     return sums if len(sums) == len(found) else None
 
 
@@ -174,30 +188,52 @@ def teacher_cache(prepared: Prepared, domain: str, device: torch.device) -> Nats
     return NatsCache(prepared.config.cache_dir / "teacher_nats", key)
 
 
-def teacher_sums(
+def teacher_nats(prepared: Prepared, evaluator: Evaluator, teachers: Mapping[str, OneTeacher]) -> TeacherNats:
+    """Held-out losses of each domain's teacher, or the references that stand in their place."""
+    if prepared.references is not None:
+        return TeacherNats(sums=reference_sums(evaluator.held_out, prepared.references))
+    return measured_nats(prepared, evaluator, teachers)
+
+
+def measured_nats(
     prepared: Prepared, evaluator: Evaluator, teachers: Mapping[str, OneTeacher]
-) -> dict[str, Float[np.ndarray, " R"]]:
-    """Held-out row sums of each domain's teacher, measured once per teacher and data and kept on disk."""
-    sums: dict[str, Float[np.ndarray, " R"]] = {}
+) -> TeacherNats:
+    """Held-out losses of each domain's teacher, measured once per teacher and data and kept on disk."""
+    chunk_tokens = prepared.config.trainer.logits_chunk_tokens or _CHUNK_TOKENS
+    measured = []
     for name, teacher in teachers.items():
-        domains = prepared.teachers.domains_of(name)
-        own = replace(evaluator, held_out={domain: evaluator.held_out[domain] for domain in domains})
-        nats = _teacher_nats(teacher, prepared.config.trainer.logits_chunk_tokens or _CHUNK_TOKENS)
-        sums.update(own.sums(nats, teacher_cache(prepared, domains[0], evaluator.device)))
-    return sums
+        own, cache = _of_teacher(prepared, evaluator, name)
+        nats = _token_nats(teacher, chunk_tokens)
+        measured.append(own.frozen(nats, cache, tokens="excess_loss" in prepared.measures))
+    return _together(measured)
 
 
-def _known_sums(prepared: Prepared, evaluator: Evaluator) -> dict[str, Float[np.ndarray, " R"]] | None:
-    """Held-out row sums of all teachers from the disk; None if one of them has to be measured."""
-    known: dict[str, Float[np.ndarray, " R"]] = {}
+def _known_nats(prepared: Prepared, evaluator: Evaluator) -> TeacherNats | None:
+    """The same from the disk; None if a teacher has to be measured."""
+    if prepared.references is not None:
+        return teacher_nats(prepared, evaluator, {})
+    known = []
     for name in prepared.teachers.members:
-        domains = prepared.teachers.domains_of(name)
-        own = replace(evaluator, held_out={domain: evaluator.held_out[domain] for domain in domains})
-        found = own.cached(teacher_cache(prepared, domains[0], evaluator.device))
+        own, cache = _of_teacher(prepared, evaluator, name)
+        found = own.cached(cache, tokens="excess_loss" in prepared.measures)
         if found is None:
             return None
-        known.update(found)
-    return known
+        known.append(found)
+    return _together(known)
+
+
+def _of_teacher(prepared: Prepared, evaluator: Evaluator, name: str) -> tuple[Evaluator, NatsCache]:
+    """The held-out rows of a teacher's domains, and where its losses on them are kept."""
+    domains = prepared.teachers.domains_of(name)
+    own = replace(evaluator, held_out={domain: evaluator.held_out[domain] for domain in domains})
+    return own, teacher_cache(prepared, domains[0], evaluator.device)
+
+
+def _together(parts: Sequence[TeacherNats]) -> TeacherNats:
+    """What several teachers lose, each on the rows of its own domains."""
+    sums = {domain: one for part in parts for domain, one in part.sums.items()}
+    tokens = {domain: one for part in parts for domain, one in (part.tokens or {}).items()}
+    return TeacherNats(sums=sums, tokens=tokens or None)
 
 
 def teacher_of_all(
@@ -223,7 +259,7 @@ def _other_vocabulary(
     )
 
 
-def _teacher_nats(teacher: OneTeacher, chunk_tokens: int) -> TokenNats:
+def _token_nats(teacher: OneTeacher, chunk_tokens: int) -> TokenNats:
     """A teacher as the function that the evaluator measures."""
 
     def nats(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

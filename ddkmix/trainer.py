@@ -6,7 +6,7 @@ weights travel in one direction: the policy returns them and the `Reweighter` ha
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,9 +19,9 @@ from ddkmix.checkpoint import latest_checkpoint, save_checkpoint
 from ddkmix.config import RunConfig
 from ddkmix.distillation import predicted
 from ddkmix.errors import Interrupted, NumericsError, RowError
-from ddkmix.evaluator import Evaluator, TokenNats
+from ddkmix.evaluator import Evaluator, TeacherNats, TokenNats, WithDivergence
 from ddkmix.loader import DomainMixture
-from ddkmix.losses import CrossEntropy, LossTerm, terms_at
+from ddkmix.losses import CrossEntropy, ForwardKL, LossTerm, terms_at
 from ddkmix.metrics import LossWindow
 from ddkmix.projection import Projection, news, project
 from ddkmix.reweighting import Reweighter, check_agreement
@@ -32,6 +32,7 @@ from ddkmix.tracking import Bar, JsonLines, read_lines, weights_note
 from ddkmix.types import DomainLosses
 
 _NATS = (LossTerm("cross_entropy", 1.0, CrossEntropy()),)
+_NATS_AND_KL = (*_NATS, LossTerm("forward_kl", 1.0, ForwardKL(temperature=1.0)))
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -51,7 +52,10 @@ class Run:
     """Fingerprint of each domain's teacher."""
     reads_places: bool
     """Whether the teacher wants to know where the rows of a batch lie."""
-    teacher_sums: dict[str, Any]
+    teacher_nats: TeacherNats
+    """Its held-out losses, or the references in their place."""
+    measures: frozenset[str]
+    """What is measured beside the losses."""
     evaluator: Evaluator
     window: LossWindow
     total_tokens: int = 0
@@ -146,11 +150,27 @@ def token_nats(model: torch.nn.Module) -> TokenNats:
     return nats
 
 
+def with_divergence(model: torch.nn.Module, teacher: SignalSource, domains: Sequence[str]) -> WithDivergence:
+    """A DistillationModel beside a live teacher; `domains` in the order of the teacher's `domain_ids`."""
+
+    @torch.no_grad()
+    def values(domain: str, input_ids: Tensor, labels: Tensor) -> Tensor:
+        numbers = torch.full((len(labels),), list(domains).index(domain), device=labels.device)
+        said = teacher.signal({"input_ids": input_ids, "labels": labels, "domain_ids": numbers})
+        found: Tensor = model(input_ids, labels, 1.0, _NATS_AND_KL, said)[1]
+        return found
+
+    return WithDivergence(values)
+
+
 def _measure(run: Run, step: int) -> DomainLosses:
     """Held-out losses of the student as it is now."""
     started = time.perf_counter()
     run.student.eval()
-    losses = run.evaluator.measure(token_nats(run.student), run.teacher_sums)
+    student: TokenNats | WithDivergence = token_nats(run.student)
+    if "forward_kl" in run.measures:
+        student = with_divergence(run.student, run.teacher, run.mixture.domains)
+    losses = run.evaluator.measure(student, run.teacher_nats)
     run.student.train()
     if run.main:
         run.log("timings.jsonl").append({"step": step, "evaluation_s": time.perf_counter() - started})

@@ -40,7 +40,8 @@ class DomainLosses:
     student_loss: Float[np.ndarray, " N"]
     """Mean held-out next-token cross-entropy of the student, nats per token."""
     teacher_loss: Float[np.ndarray, " N"]
-    """The same of the teacher on the same rows, nats per token."""
+    """The same of the teacher on the same rows, nats per token. A teacher with a tokenizer of its own: its
+    nats on the same bytes of text, per token of the student, so that `loss_gap` is that of the same text."""
     student_error: Float[np.ndarray, " N"]
     """Standard error of `student_loss` over rows, nats per token; nan with a single row."""
     gap_error: Float[np.ndarray, " N"]

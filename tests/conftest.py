@@ -154,6 +154,56 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Pat
     return save_tiny_model(tmp_path_factory.mktemp("teacher"), tokenizer_folder)
 
 
+def save_tokenizer(folder: Path, tokenizer: Any, eos: str) -> Path:
+    """A tokenizer as transformers saves one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def other_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher with a byte-level tokenizer of 400 tokens and a separator of its own name and id."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(words) for words in WORDS.values()] * 20, trainer)
+    own = save_tokenizer(tmp_path_factory.mktemp("other-tokenizer"), tokenizer, "</s>")
+    folder = tmp_path_factory.mktemp("other-teacher")
+    return save_tiny_model(folder, own, seed=9, vocab_size=410, hidden_size=16, num_key_value_heads=4)
+
+
+@pytest.fixture(scope="session")
+def sentence_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokenizer is of the SentencePiece kind: no bytes, a word's space first, a BOS, an UNK."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=150,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        unk_token="<unk>",
+        initial_alphabet=list("0123456789"),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(words) for words in WORDS.values()] * 20, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    own = save_tokenizer(tmp_path_factory.mktemp("sentence-tokenizer"), tokenizer, "</s>")
+    return save_tiny_model(tmp_path_factory.mktemp("sentence-teacher"), own, seed=4, vocab_size=150)
+
+
 def domain_losses(
     gaps: Sequence[float], *, teacher_loss: float = 2.0, domains: Sequence[str] | None = None
 ) -> Any:

@@ -62,6 +62,26 @@ def write_rows(
     )
 
 
+def random_rows(
+    folder: Path,
+    domain: str = "code",
+    *,
+    shards: Sequence[int] = (5, 4),
+    seed: int = 0,
+    shortest: int = 2,
+    seq_len: int = 6,
+    **options: Any,
+) -> DomainRows:
+    """Rows of random tokens from 1 to 299 and of random lengths, `shards` of them in each shard."""
+    generator = np.random.default_rng(seed)
+
+    def row() -> list[int]:
+        return generator.integers(1, 300, generator.integers(shortest, seq_len + 1)).tolist()  # type: ignore[no-any-return]
+
+    rows = [[row() for _ in range(count)] for count in shards]
+    return write_rows(folder, domain, rows, seq_len=seq_len, **options)
+
+
 def unread_rows(
     domain: str, lengths: Sequence[Sequence[int]], *, seq_len: int = 8, fingerprint: str = "f", **options: Any
 ) -> DomainRows:

@@ -18,13 +18,14 @@ from ddkmix.config import RunConfig, parse_config
 from ddkmix.distillation import DistillationModel, predicted
 from ddkmix.domains import load_domains
 from ddkmix.errors import ConfigError, DataError, ModelError
+from ddkmix.gaps import measure_gaps
 from ddkmix.losses import build_terms
 from ddkmix.models import backbone_of, hidden_states, load_model
 from ddkmix.pack import pack_domains
 from ddkmix.preflight import check
 from ddkmix.rows import RowReader
 from ddkmix.segments import document_positions as numpy_positions
-from ddkmix.setup import measure_gaps, train
+from ddkmix.setup import train
 from ddkmix.teacher import LiveTeacher
 from ddkmix.teaching import teacher_cache
 from ddkmix.tokenizer import read_tokenizer

@@ -326,7 +326,7 @@ def test_unknown_commands_and_options_end_with_code_2(capsys: pytest.CaptureFixt
     assert "is not a run directory" in refused(capsys, "seen", "/nowhere", "--step", "1")
     assert "table, json, markdown or text" in refused(capsys, "seen", "x", "--step", "1", "--format", "yaml")
     assert "--step x: must be a step, 12, or a range" in refused(capsys, "seen", "x", "--step", "x")
-    assert "gaps needs a CONFIG, or --teacher and --domains" in refused(capsys, "gaps", "--student", "x")
+    assert "gaps needs a CONFIG, or --domains as well." in refused(capsys, "gaps", "--student", "x")
     assert "no such config" in refused(capsys, "lint", "/nowhere.yaml")
 
 

@@ -1,6 +1,5 @@
 """A teacher that reads in tokens of its own: what it says about the student's rows."""
 
-import json
 import math
 
 import numpy as np
@@ -12,15 +11,15 @@ from ddkmix.config import Named, Student, Teacher, parse_config
 from ddkmix.cross_vocabulary import CrossVocabularyTeacher
 from ddkmix.distillation import DistillationModel, predicted
 from ddkmix.errors import ConfigError, ModelError
-from ddkmix.evaluator import select_rows
+from ddkmix.held_out import select_rows
 from ddkmix.losses import build_terms
 from ddkmix.models import build_student, load_teacher
 from ddkmix.preflight import check
 from ddkmix.prepare import open_rows, store_cards
-from ddkmix.setup import measure_gaps, train
+from ddkmix.setup import train
 from ddkmix.tokenizer import read_tokenizer
 from ddkmix.tracking import read_lines
-from tests.conftest import EOS, WORDS, documents, save_tiny_model
+from tests.conftest import EOS, WORDS, documents
 
 TERMS = build_terms(
     [Named.model_validate(term) for term in ({"name": "gold"}, {"name": "cross_entropy"}, {"name": "uld"})]
@@ -28,26 +27,9 @@ TERMS = build_terms(
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory):
-    """A teacher with a byte-level tokenizer of 400 tokens and a separator of its own name and id."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    own = tmp_path_factory.mktemp("other-tokenizer")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<pad>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([" ".join(words) for words in WORDS.values()] * 20, trainer)
-    tokenizer.save(str(own / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
-    (own / "tokenizer_config.json").write_text(json.dumps(config))
-    folder = tmp_path_factory.mktemp("other-teacher")
-    return save_tiny_model(folder, own, seed=9, vocab_size=410, hidden_size=16, num_key_value_heads=4)
+def other(other_teacher):
+    """A teacher with a byte-level tokenizer of its own."""
+    return other_teacher
 
 
 @pytest.fixture
@@ -230,10 +212,11 @@ def test_a_run_packs_with_the_students_tokenizer_and_learns(tree, tokenizer_fold
     ).read_bytes()
 
 
-def test_held_out_losses_are_of_the_same_bytes(tree, other):
+def test_held_out_losses_are_of_the_same_bytes(tree):
     """The teacher's nats on its own tokens of each row, per byte, are its loss in bits per byte."""
     config = parse_config(tree, where="test")
-    losses, _ = measure_gaps(config)
+    train(config)
+    losses = next(iter(read_lines(config.run_dir / "intervals.jsonl")))["losses"]["math"]
     prepared = check(config)
     rows = open_rows(prepared, shown=False)["math"].held_out
     read, count = select_rows(rows, 4).open(None), select_rows(rows, 4).num_tokens
@@ -250,10 +233,9 @@ def test_held_out_losses_are_of_the_same_bytes(tree, other):
         spans = signal.spans.tolist()
         inside = sum(stop - start for start, stop, _, _ in spans)
         expected += sum(nats[a:b].sum().item() for _, _, a, b in spans) * count[row] / inside
-    where = losses.domains.index("math")
-    assert expected / count.sum() == pytest.approx(losses.teacher_loss[where], rel=1e-5)
-    bits = losses.teacher_loss * losses.num_tokens / losses.num_bytes / math.log(2)
-    assert bits.tolist() == pytest.approx(losses.teacher_bits_per_byte.tolist())
+    assert expected / count.sum() == pytest.approx(losses["teacher_loss"], rel=1e-5)
+    bits = losses["teacher_loss"] * losses["num_tokens"] / losses["num_bytes"] / math.log(2)
+    assert bits == pytest.approx(losses["teacher_bits_per_byte"])
 
 
 @pytest.mark.parametrize(
@@ -265,6 +247,10 @@ def test_held_out_losses_are_of_the_same_bytes(tree, other):
         ),
         ({"loss": [{"name": "forward_kl"}]}, "have different tokenizers"),
         ({"teachers": {"x": {"model": "y"}}, "default_teacher": "x"}, "only the one `teacher` can be used"),
+        (
+            {"evaluation": {"measures": ["excess_loss"]}},
+            "excess_loss compares student and teacher token by token, and the teacher",
+        ),
     ],
 )
 def test_what_needs_one_vocabulary_is_refused(tree, changes, message):

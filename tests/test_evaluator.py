@@ -1,7 +1,6 @@
-"""Held-out losses per domain: which rows, their sums over ranks, standard errors, and the teacher's cache."""
+"""Held-out losses per domain: sums over ranks, standard errors, what the teacher lost, excess and KL."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +10,15 @@ from hypothesis import strategies as st
 
 from ddkmix.config import Teacher
 from ddkmix.distillation import DistillationModel, predicted
-from ddkmix.errors import DataError
-from ddkmix.evaluator import Evaluator, HeldOut, NatsCache, OpenRows, row_nats, select_rows, summarise
+from ddkmix.evaluator import Evaluator, WithDivergence, row_nats, row_sums, summarise
+from ddkmix.held_out import HeldOut, OpenRows, select_rows
 from ddkmix.models import load_teacher
+from ddkmix.nats_cache import NatsCache
 from ddkmix.rows import RowReader
 from ddkmix.trainer import token_nats
 from tests import hand_made
+from tests.hand_made import random_rows
+from tests.test_nats_cache import DAMAGES
 
 CPU = torch.device("cpu")
 SEQ_LEN, PADDING = 6, 0
@@ -25,16 +27,6 @@ SEQ_LEN, PADDING = 6, 0
 def write_rows(folder, domain, shards, **options):
     """Packed rows from lists of lists of tokens, one list per shard."""
     return hand_made.write_rows(folder, domain, shards, seq_len=SEQ_LEN, padding=PADDING, **options)
-
-
-def random_rows(folder, domain="code", *, shards=(5, 4), seed=0, shortest=2, **options):
-    """Rows of random tokens and lengths."""
-    generator = np.random.default_rng(seed)
-
-    def row():
-        return generator.integers(1, 300, generator.integers(shortest, SEQ_LEN + 1)).tolist()
-
-    return write_rows(folder, domain, [[row() for _ in range(count)] for count in shards], **options)
 
 
 def nats_of_labels(input_ids, labels):
@@ -59,66 +51,6 @@ def model_nats(tiny_teacher):
     """The losses of the tiny teacher, as the trainer measures them."""
     model = load_teacher(Teacher(model=str(tiny_teacher), dtype="float32"))
     return token_nats(DistillationModel(model))
-
-
-# --- which rows -------------------------------------------------------------------------------------
-
-
-def test_all_rows_are_taken_where_there_are_fewer_than_asked_for(tmp_path):
-    """A small domain is measured on all that it has, in the order of the shards."""
-    held_out = select_rows(random_rows(tmp_path, shards=(2, 3)), 500)
-    assert ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2)) == held_out.places
-
-
-def test_exactly_as_many_rows_as_asked_for_are_taken(tmp_path):
-    """Without repeats."""
-    held_out = select_rows(random_rows(tmp_path, shards=(40, 40, 40)), 50)
-    assert 50 == len(set(held_out.places)) == len(held_out.num_tokens) == len(held_out.num_bytes)
-
-
-def test_the_rows_are_the_same_for_every_run(tmp_path):
-    """They depend on the domain's name and shape alone: no seed, no random state, no policy."""
-    rows = random_rows(tmp_path, shards=(40, 40))
-    expected = select_rows(rows, 10).places
-    np.random.seed(7)  # noqa: NPY002
-    torch.manual_seed(7)
-    assert expected == select_rows(rows, 10).places
-    assert expected != select_rows(replace(rows, domain="math"), 10).places
-
-
-def test_a_smaller_choice_is_part_of_a_larger_one(tmp_path):
-    """Asking for more rows adds rows and drops none."""
-    rows = random_rows(tmp_path, shards=(40, 40))
-    chosen = [set(select_rows(rows, limit).places) for limit in (5, 20, 80)]
-    assert chosen[0] < chosen[1] < chosen[2]
-
-
-def test_the_rows_are_spread_over_all_shards(tmp_path):
-    """60 of 300 rows in three shards: about 20 of each, not the first 60."""
-    places = select_rows(random_rows(tmp_path, shards=(100, 100, 100)), 60).places
-    counts = [sum(shard == i for shard, _ in places) for i in range(3)]
-    assert min(counts) >= 10
-    assert 60 == sum(counts)
-
-
-def test_rows_with_one_token_are_skipped_and_replaced(tmp_path):
-    """A row without a token to predict has no loss; another one is taken in its place."""
-    rows = write_rows(tmp_path, "code", [[[1], [2], [3, 4], [5]], [[6], [7, 8, 9]]])
-    assert ((0, 2), (1, 1)) == select_rows(rows, 2).places
-    assert 1 == len(select_rows(rows, 1).places)
-
-
-def test_counts_are_of_predicted_tokens_and_their_bytes(tmp_path):
-    """A row of n tokens predicts n - 1."""
-    held_out = select_rows(write_rows(tmp_path, "code", [[[1, 2, 3], [4, 5]]]), 9)
-    assert ([2, 1], [6, 3]) == (held_out.num_tokens.tolist(), held_out.num_bytes.tolist())
-
-
-def test_a_domain_with_nothing_to_predict_is_one_line(tmp_path):
-    """Only one-token rows: the domain is named."""
-    with pytest.raises(DataError) as error:
-        select_rows(write_rows(tmp_path, "code", [[[1], [2]]]), 9)
-    assert "domain 'code': its held-out rows have no token to predict; add text." == str(error.value)
 
 
 # --- sums per row -----------------------------------------------------------------------------------
@@ -376,58 +308,6 @@ def test_the_cache_is_keyed_by_model(tmp_path):
     assert 2 * calls == model.calls
 
 
-@pytest.mark.parametrize("change", ["documents", "rows"])
-def test_the_cache_is_keyed_by_rows(tmp_path, change):
-    """Other documents or another choice of rows are measured anew; the old entry stays valid."""
-    cache = NatsCache(tmp_path / "cache", "model")
-    rows = random_rows(tmp_path)
-    before = select_rows(rows, 9)
-    after = (
-        select_rows(replace(rows, fingerprint="other"), 9) if change == "documents" else select_rows(rows, 8)
-    )
-    cache.save(before, np.arange(9.0))
-    assert cache.load(after) is None
-    assert list(range(9)) == cache.load(before).tolist()
-
-
-def truncated(data):
-    """A file whose end is missing."""
-    return data[:-5]
-
-
-def beheaded(data):
-    """A file whose beginning is missing."""
-    return data[40:]
-
-
-def emptied(data):
-    """A file of no bytes."""
-    return b""
-
-
-def zeroed(data):
-    """What a crash can leave: the right size and nothing in it."""
-    return bytes(len(data))
-
-
-def half_zeroed(data):
-    """What a crash can leave of a file of two blocks."""
-    return data[:60] + bytes(len(data) - 60)
-
-
-def lengthened(data):
-    """Something was appended."""
-    return data + bytes(8)
-
-
-def flipped(data):
-    """One bit of one number is wrong."""
-    return data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
-
-
-DAMAGES = (truncated, beheaded, emptied, zeroed, half_zeroed, lengthened, flipped)
-
-
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_a_damaged_cache_file_is_measured_again(tmp_path, damage):
     """It is only a cache: the model is asked, the file is mended, the result is right."""
@@ -442,23 +322,6 @@ def test_a_damaged_cache_file_is_measured_again(tmp_path, damage):
     assert 2 * calls == model.calls
     evaluator.sums(model, cache)
     assert 2 * calls == model.calls
-
-
-def test_an_entry_for_other_rows_under_this_name_is_not_used(tmp_path):
-    """A whole file with another number of sums is no entry for these rows."""
-    cache, held_out = NatsCache(tmp_path / "cache", "m"), select_rows(random_rows(tmp_path), 9)
-    cache.save(held_out, np.arange(8.0))
-    assert cache.load(held_out) is None
-
-
-@settings(deadline=None, derandomize=True)
-@given(st.lists(st.floats(0, 1e6), min_size=9, max_size=9))
-def test_sums_come_back_from_the_cache_bit_for_bit(tmp_path_factory, sums):
-    """What was measured is what is used in every later run."""
-    folder = tmp_path_factory.mktemp("cache")
-    cache, held_out = NatsCache(folder / "cache", "m"), select_rows(random_rows(folder), 9)
-    cache.save(held_out, np.array(sums))
-    assert sums == cache.load(held_out).tolist()
 
 
 def test_only_the_main_rank_writes_the_cache(tmp_path):
@@ -491,7 +354,7 @@ def test_what_is_cached_is_read_without_a_model(tmp_path):
     sums = evaluator.sums(nats_of_labels, cache)
     found = evaluator.cached(cache)
     assert {name: values.tolist() for name, values in sums.items()} == {
-        name: values.tolist() for name, values in found.items()
+        name: values.tolist() for name, values in found.sums.items()
     }
     next((tmp_path / "cache").glob("math-*")).unlink()
     assert evaluator.cached(cache) is None
@@ -526,9 +389,135 @@ def test_files_are_closed_when_a_model_fails(tmp_path):
             rows = held_out.open(storage)
             return OpenRows(rows.read, lambda: (closed.append(1), rows.close())[1])
 
-    def fails(input_ids, labels):
+    def fails(rows, input_ids, labels):
         raise ValueError("no luck")
 
     with pytest.raises(ValueError, match="no luck"):
-        row_nats.__wrapped__(Watched(), fails, batch_rows=4, device=CPU)
+        row_sums.__wrapped__(Watched(), fails, 1, batch_rows=4, device=CPU)
     assert [1] == closed
+
+
+# --- what is measured beside the losses -------------------------------------------------------------
+
+
+def table_of(nats):
+    """A model whose loss of each token is written down, by its id."""
+    return lambda ids, labels: torch.tensor(
+        [nats[label] for label in labels[:, 1:][predicted(labels)].tolist()], dtype=torch.float64
+    )
+
+
+STUDENT, TEACHER = {2: 0.5, 3: 0.75, 5: 1.25}, {2: 1.0, 3: 0.25, 5: 1.0}
+
+
+def two_rows(folder, **options):
+    """Two rows that predict the tokens 2 and 3, and 5."""
+    held_out = {"code": select_rows(write_rows(folder, "code", [[[1, 2, 3], [4, 5]]]), 9)}
+    return Evaluator(**{"held_out": held_out, "batch_rows": 1, "device": CPU, **options})
+
+
+def test_the_excess_is_clipped_token_by_token(tmp_path):
+    """max(0, -0.5), 0.5 and 0.25 are 0.75 nats over 3 tokens; the gap is 0.25 over 3 (DoReMi, Alg. 1)."""
+    evaluator = two_rows(tmp_path)
+    teacher = evaluator.frozen(table_of(TEACHER), tokens=True)
+    assert [1.0, 0.25, 1.0] == teacher.tokens["code"].tolist()
+    losses = evaluator.measure(table_of(STUDENT), teacher)
+    assert ([0.25], [pytest.approx(0.25 / 3)]) == (losses.excess_loss.tolist(), losses.loss_gap.tolist())
+    assert losses.forward_kl is None
+
+
+def test_what_nobody_asked_for_is_not_measured(tmp_path):
+    """Neither column, and no entry in what is written down."""
+    evaluator = two_rows(tmp_path)
+    losses = evaluator.measure(table_of(STUDENT), evaluator.sums(table_of(TEACHER)))
+    assert (None, None) == (losses.excess_loss, losses.forward_kl)
+    assert not {"excess_loss", "forward_kl"} & set(losses.to_json()["code"])
+
+
+def test_a_divergence_is_averaged_over_tokens(tmp_path):
+    """KL of 1, 2 and 6 nats at three tokens is 3; the domain is told, and the loss is as without it."""
+    evaluator, asked = two_rows(tmp_path), []
+
+    def values(domain, input_ids, labels):
+        asked.append(domain)
+        own = table_of(STUDENT)(input_ids, labels)
+        return torch.stack([own, table_of({2: 1.0, 3: 2.0, 5: 6.0})(input_ids, labels)])
+
+    teacher = evaluator.frozen(table_of(TEACHER), tokens=True)
+    losses = evaluator.measure(WithDivergence(values), teacher)
+    plain = evaluator.measure(table_of(STUDENT), teacher)
+    assert ([3.0], ["code", "code"]) == (losses.forward_kl.tolist(), asked)
+    for name in ("student_loss", "teacher_loss", "gap_error", "excess_loss"):
+        assert getattr(plain, name).tolist() == getattr(losses, name).tolist()
+    assert (3.0, 0.25) == tuple(losses.to_json()["code"][name] for name in ("forward_kl", "excess_loss"))
+
+
+@settings(deadline=None, derandomize=True, max_examples=20)
+@given(st.integers(0, 10_000))
+def test_the_excess_is_never_below_the_gap(tmp_path_factory, seed):
+    """Clipping takes away what is negative: at least max(0, gap), and the gap where nothing is."""
+    generator = np.random.default_rng(seed)
+    student, teacher = ({i: float(x) for i, x in enumerate(generator.random(300))} for _ in range(2))
+    evaluator = evaluator_of(tmp_path_factory.mktemp("rows"))
+    known = evaluator.frozen(table_of(teacher), tokens=True)
+    losses = evaluator.measure(table_of(student), known)
+    assert (losses.excess_loss >= np.maximum(losses.loss_gap, 0) - 1e-7).all()
+    worse = evaluator.measure(table_of({i: x + 1 for i, x in teacher.items()}), known)
+    assert worse.loss_gap.tolist() == pytest.approx(worse.excess_loss.tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 20])
+def test_tokens_of_all_ranks_are_those_of_one(tmp_path, world_size):
+    """Each rank fills the places of its own rows; the table does not depend on batches."""
+    evaluator = evaluator_of(tmp_path)
+    alone = evaluator.frozen(nats_of_labels, tokens=True).tokens
+    assert alone["math"].tolist() == pytest.approx(
+        [label / 100 for label in labels_of(evaluator.held_out["math"])]
+    )
+    parts = [
+        evaluator_of(tmp_path, rank=rank, world_size=world_size, batch_rows=2)
+        .frozen(nats_of_labels, tokens=True)
+        .tokens
+        for rank in range(world_size)
+    ]
+    for name, table in alone.items():
+        assert table.tolist() == np.stack([part[name] for part in parts]).sum(0).tolist()
+
+
+def labels_of(held_out):
+    """The predicted tokens, row after row."""
+    rows = held_out.open(None)
+    labels = [rows.read([i])[1][0, 1:] for i in range(len(held_out.num_tokens))]
+    rows.close()
+    return [label for row in labels for label in row.tolist() if label >= 0]
+
+
+def test_an_old_cache_gains_tokens_and_keeps_its_sums(tmp_path):
+    """What was measured before stays to the last bit, whatever the model says now; then nobody is asked."""
+    evaluator, cache, model = evaluator_of(tmp_path), NatsCache(tmp_path / "cache", "m"), Counted()
+    before = {name: np.arange(9.0) + 0.1 for name in ("code", "math")}
+    for name, sums in before.items():
+        cache.save(evaluator.held_out[name], sums)
+    files = {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    assert evaluator.cached(cache, tokens=True) is None
+    first = evaluator.frozen(model, cache, tokens=True)
+    calls = model.calls
+    again, read = evaluator.frozen(model, cache, tokens=True), evaluator.cached(cache, tokens=True)
+    assert calls == model.calls > 0
+    for found in (first, again, read):
+        assert {name: sums.tolist() for name, sums in before.items()} == {
+            name: sums.tolist() for name, sums in found.sums.items()
+        }
+        assert all((first.tokens[name] == found.tokens[name]).all() for name in before)
+    assert all(path.read_bytes() == content for path, content in files.items())
+    assert evaluator.cached(cache).tokens is None
+
+
+def test_a_rank_without_the_tokens_has_all_measure(tmp_path):
+    """As for sums: none may wait alone."""
+    evaluator, cache, model = evaluator_of(tmp_path), NatsCache(tmp_path / "cache", "m"), Counted()
+    evaluator.frozen(nats_of_labels, cache, tokens=True)
+    elsewhere = evaluator_of(tmp_path, reduce=lambda tensor: tensor + 1.0 if tensor.ndim == 0 else tensor)
+    assert elsewhere.cached(cache, tokens=True) is None
+    elsewhere.frozen(model, cache, tokens=True)
+    assert model.calls > 0

@@ -19,7 +19,7 @@ from ddkmix.evaluator import Evaluator
 from ddkmix.models import load_teacher
 from ddkmix.policies import reweight
 from ddkmix.trainer import token_nats
-from tests.conftest import save_tiny_model
+from tests.conftest import save_tiny_model, write_domain
 from tests.hand_made import write_rows
 
 VOCABULARY = 30
@@ -144,6 +144,116 @@ def test_a_teacher_module_is_measured_once_and_let_go() -> None:
     assert (4, 2) == (student.calls, teacher.calls)
     assert teacher.training
     assert evaluator._teacher is None
+
+
+def excess_and_kl_by_hand(student: Table, teacher: Table, dataset: list[dict[str, Any]]) -> list[float]:
+    """Means over every token but each item's first, in float64, over all classes."""
+    log_q, log_p = (model.table.detach().double().log_softmax(dim=1) for model in (student, teacher))
+    pairs = [p for item in dataset for p in zip(item["input_ids"], item["input_ids"][1:], strict=False)]
+    excess = [max(0.0, float(log_p[a, b] - log_q[a, b])) for a, b in pairs]
+    kl = [float((log_p[a].exp() * (log_p[a] - log_q[a])).sum()) for a, _ in pairs]
+    return [sum(excess) / len(pairs), sum(kl) / len(pairs)]
+
+
+@pytest.mark.parametrize("batch_rows", [1, 100])
+def test_excess_and_divergence_by_hand(batch_rows: int) -> None:
+    """max(0, student - teacher) of every token, KL(teacher || student) at every position, in one pass."""
+    student, teacher = Table(0), Table(1)
+    options: dict[str, Any] = {"teacher": teacher, "batch_rows": batch_rows}
+    evaluator = GapEvaluator(HELD_OUT, measures=["excess_loss", "forward_kl"], **options)
+    losses = evaluator.measure(student)
+    assert losses.excess_loss is not None
+    assert losses.forward_kl is not None
+    for i, name in enumerate(losses.domains):
+        found = [losses.excess_loss[i], losses.forward_kl[i]]
+        assert excess_and_kl_by_hand(student, teacher, HELD_OUT[name]) == pytest.approx(found, rel=1e-5)
+    plain = GapEvaluator(HELD_OUT, **options).measure(student)
+    for column in ("student_loss", "teacher_loss", "student_error", "gap_error"):
+        assert getattr(plain, column).tolist() == getattr(losses, column).tolist()
+    assert (None, None) == (plain.excess_loss, plain.forward_kl)
+    calls = student.calls
+    assert (calls // 2, teacher.training) == (teacher.calls - calls, True)
+    again = evaluator.measure(teacher)
+    assert again.forward_kl is not None
+    assert again.excess_loss is not None
+    assert [0.0] * 4 == pytest.approx([*again.forward_kl, *again.excess_loss], abs=1e-6)
+
+
+def test_excess_needs_a_kept_teacher_once_and_divergence_every_time(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache of before, without single tokens, is added to; the gap stays to the last bit."""
+    from ddkmix import gap_evaluator
+
+    loaded = []
+
+    def counting(teacher: Teacher) -> Any:
+        loaded.append(teacher.model)
+        return load_teacher(teacher)
+
+    monkeypatch.setattr(gap_evaluator, "load_teacher", counting)
+    folder, student = save_tiny_model(tmp_path / "teacher", tokenizer_folder), Table(classes=320)
+
+    def measure(*measures: str) -> Any:
+        evaluator = GapEvaluator(HELD_OUT, teacher=folder, cache_dir=tmp_path / "cache", measures=measures)
+        evaluator.measure(student)
+        return evaluator.measure(student), len(loaded)
+
+    plain, first = measure()
+    excess, second = measure("excess_loss")
+    again, third = measure("excess_loss")
+    both, fourth = measure("excess_loss", "forward_kl")
+    assert [1, 2, 2, 3] == [first, second, third, fourth]
+    assert excess.excess_loss.tolist() == again.excess_loss.tolist() == both.excess_loss.tolist()
+    assert plain.teacher_loss.tolist() == excess.teacher_loss.tolist() == both.teacher_loss.tolist()
+    assert (both.forward_kl > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("expected", "options"),
+    [
+        ("look at a teacher token by token, and there is none", {"measures": ["excess_loss"]}),
+        ("and there is none", {"measures": ["forward_kl"], "reference": {"code": 1.0, "math": 1.0}}),
+        (r"measures = \['entropy'\]; give a set of excess_loss, forward_kl", {"measures": ["entropy"]}),
+        ("measures = 'forward_kl'; give a set of", {"measures": "forward_kl"}),
+    ],
+)
+def test_measures_without_a_teacher_are_refused_at_once(expected: str, options: dict[str, Any]) -> None:
+    """One line, before any model is seen."""
+    with pytest.raises(ConfigError, match=expected):
+        GapEvaluator(HELD_OUT, **options)
+
+
+def test_divergence_between_different_numbers_of_classes_is_refused() -> None:
+    """Padding is cut by whoever knows that it is padding."""
+    evaluator = GapEvaluator(HELD_OUT, teacher=Table(1, VOCABULARY + 2), measures=["forward_kl"])
+    with pytest.raises(ModelError, match="the teacher has 32 classes and the student 30; forward_kl is over"):
+        evaluator.measure(Table(0))
+    cut = GapEvaluator(
+        HELD_OUT,
+        teacher=Table(1, VOCABULARY + 2),
+        measures=["forward_kl"],
+        logits=lambda model, ids: model(ids)[..., :VOCABULARY],
+    )
+    assert cut.measure(Table(0)).forward_kl is not None
+
+
+def test_cards_give_references_where_there_is_no_teacher(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """In bits per byte; a teacher or other references come first; all cards or none."""
+    for name in ("code", "math"):
+        write_domain(tmp_path, name, reference_loss={"model": "big", "bits_per_byte": 0.5})
+    options: dict[str, Any] = {
+        "tokenizer": str(tokenizer_folder), "seq_len": 32, "cache_dir": tmp_path / "cache", "rows": 3
+    }  # fmt: skip
+    student = Table(classes=320)
+    losses = GapEvaluator.from_cards(str(tmp_path), **options).measure(student)
+    assert [0.5, 0.5] == pytest.approx(losses.teacher_bits_per_byte.tolist())
+    given = GapEvaluator.from_cards(str(tmp_path), reference={"code": 1.0, "math": 2.0}, **options)
+    assert [1.0, 2.0] == pytest.approx(given.measure(student).teacher_loss.tolist())
+    write_domain(tmp_path, "math")
+    with pytest.raises(DataError, match="has no reference_loss, and 1 of 2 cards have one"):
+        GapEvaluator.from_cards(str(tmp_path), **options)
+    GapEvaluator.from_cards(str(tmp_path), teacher=Table(1, classes=320), **options)
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -149,6 +149,7 @@ def test_the_public_names_are_those_of_the_last_release() -> None:
 
 
 OPAQUE = {
+    "ddkmix.card.ReferenceLoss": "a card's reference_loss, handed on by GapEvaluator.from_cards",
     "ddkmix.index.DomainRows": "made by DomainMixture.from_cards and handed on",
     "ddkmix.integrations.lightning_hooks.TrainLoader": "a StepLoader, which documents it",
     "ddkmix.sources.MixtureOptions": "the arguments of DomainMixture, which documents them",

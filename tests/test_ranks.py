@@ -223,6 +223,7 @@ def test_every_rank_follows_the_losses_of_rank_0(on_ranks: Ranks, world_size: in
 
 
 MEASURING = """
+import copy
 dist.init_process_group("gloo")
 
 
@@ -253,13 +254,21 @@ Student.calls = 0
 evaluator = GapEvaluator(held_out, teacher=model.module, batch_rows=2)
 losses = evaluator.measure(model)
 calls = Student.calls
+other = copy.deepcopy(model.module)
+other.head.weight.data.mul_(2)
+asked = {"teacher": other, "measures": ["excess_loss", "forward_kl"], "batch_rows": 2}
+measured = GapEvaluator(held_out, **asked).measure(model)
 del os.environ["RANK"]
-alone = GapEvaluator(held_out, batch_rows=2)
+alone, alone_asked = GapEvaluator(held_out, batch_rows=2), GapEvaluator(held_out, **asked)
 from ddkmix import gap_evaluator
 gap_evaluator.current_rank, gap_evaluator.sum_over_ranks = (lambda: (0, 1)), (lambda tensor: tensor)
 single = alone.measure(model.module)
 student, gap = losses.student_loss.tolist(), losses.loss_gap.tolist()
-report([calls, student, gap, single.student_loss.tolist(), model.training])
+both = [
+    [*one.excess_loss.tolist(), *one.forward_kl.tolist()]
+    for one in (measured, alone_asked.measure(model.module))
+]
+report([calls, student, gap, single.student_loss.tolist(), model.training, both])
 """
 
 
@@ -269,7 +278,10 @@ def test_ranks_measure_together_what_one_measures(on_ranks: Ranks, world_size: i
     often, also where a domain has fewer rows than ranks, and all have the losses of one process."""
     found = on_ranks(world_size, MEASURING, rows=rows)
     calls = sum(ceil(ceil(count / world_size) / 2) for count in (rows, 7))
-    for own, student, gap, single, training in found:
+    for own, student, gap, single, training, (measured, measured_alone) in found:
+        assert found[0][5][0] == measured
+        assert measured_alone == pytest.approx(measured, rel=1e-5)
+        assert min(measured) > 0
         assert (2 * calls, True) == (own, training)
         assert found[0][1] == student
         assert single == pytest.approx(student, rel=1e-6)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from ddkmix.config import load_config
-from ddkmix.setup import measure_gaps, train
+from ddkmix.gaps import measure_gaps
+from ddkmix.setup import train
 from ddkmix.tracking import read_lines
 from ddkmix.types import DomainLosses
 from tests.conftest import REPO, TEACHER

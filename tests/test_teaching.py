@@ -10,12 +10,13 @@ from torch.nn import functional as F
 
 from ddkmix.config import RunConfig, Teacher, parse_config
 from ddkmix.errors import RunError
+from ddkmix.gaps import measure_gaps
 from ddkmix.models import build_student, load_teacher
 from ddkmix.preflight import check
 from ddkmix.prepare import open_mixture, open_rows
-from ddkmix.setup import measure_gaps, train
+from ddkmix.setup import train
 from ddkmix.teacher import LiveTeacher
-from ddkmix.teaching import open_evaluator, open_teachers, teacher_sums
+from ddkmix.teaching import open_evaluator, open_teachers, teacher_nats
 from ddkmix.tracking import read_lines
 from tests.conftest import ConfigTree, reset_accelerate, save_tiny_model, write_domain
 
@@ -86,7 +87,8 @@ def test_held_out_losses_of_an_ensemble_are_literal(
         world_size=1,
         reduce=lambda tensor: tensor,
     )
-    sums = teacher_sums(prepared, evaluator, open_teachers(prepared, accelerator.device))["prose"]
+    nats = teacher_nats(prepared, evaluator, open_teachers(prepared, accelerator.device))
+    sums = nats.sums["prose"]
     rows = evaluator.held_out["prose"].open(None)
     ids, labels = rows.read(range(len(sums)))
     rows.close()

@@ -36,7 +36,8 @@ def render_gaps(
 ) -> str:
     """Losses and weights of every domain and their means over domains, in the format asked for.
 
-    Losses are nats per token, the +- is the gap's standard error, b/B is bits per byte of text.
+    Losses are nats per token of the student, the +- is the gap's standard error, b/B is bits per byte of
+    text; excess is the mean of max(0, student - teacher), KL that of KL(teacher || student), where measured.
     """
     if style == "json":
         table = {name: {**row, "weight": weights[name]} for name, row in losses.to_json().items()}
@@ -46,6 +47,7 @@ def render_gaps(
     ]  # fmt: skip
     rows = [_cells(losses, weights, i) for i in range(len(losses.domains))]
     rows.append(_mean_cells(losses))
+    _add_measured(losses, header, rows)
     if style == "markdown":
         return render_markdown(header, rows)
     return render_table(header, rows, title)
@@ -100,6 +102,15 @@ def _mean_cells(losses: DomainLosses) -> list[str]:
         losses.student_bits_per_byte,
     )
     return ["mean", *("" if c is None else f"{c.mean():.3f}" for c in columns), ""]
+
+
+def _add_measured(losses: DomainLosses, header: list[str], rows: list[list[str]]) -> None:
+    """Columns of what was measured beside the losses, before the weights."""
+    for title, column in (("excess", losses.excess_loss), ("KL", losses.forward_kl)):
+        if column is not None:
+            header.insert(-1, title)
+            for row, value in zip(rows, [*column, column.mean()], strict=True):
+                row.insert(-1, f"{value:.3f}")
 
 
 def print_gaps(step: int, losses: DomainLosses, weights: dict[str, float]) -> None:

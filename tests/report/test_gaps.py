@@ -44,6 +44,19 @@ def test_markdown_holds_every_number_and_the_means():
     assert all(line.startswith("| ") and line.endswith(" |") for line in lines)
 
 
+def test_what_was_measured_beside_the_losses_has_columns_of_its_own():
+    """Before the weights, with means; in JSON by its full name; else nothing."""
+    losses = replace(LOSSES, excess_loss=np.array([2.1, 0.25]), forward_kl=np.array([1.5, 0.5]))
+    lines = render_gaps(losses, WEIGHTS, "markdown").splitlines()
+    assert [*HEADER[:-1], "excess", "KL", HEADER[-1]] == cells(lines[0])
+    assert [*ROWS[0][:-1], "2.100", "1.500", ROWS[0][-1]] == cells(lines[2])
+    assert [*MEAN[:-1], "1.175", "1.000", ""] == cells(lines[4])
+    alone = render_gaps(replace(LOSSES, forward_kl=np.array([1.5, 0.5])), WEIGHTS, "markdown")
+    assert [*HEADER[:-1], "KL", HEADER[-1]] == cells(alone.splitlines()[0])
+    table = json.loads(render_gaps(losses, WEIGHTS, "json"))
+    assert (0.25, 0.5) == (table["math"]["excess_loss"], table["math"]["forward_kl"])
+
+
 def test_the_table_holds_the_same_numbers_for_people():
     """The same cells in columns, under the title."""
     lines = render_gaps(LOSSES, WEIGHTS, "table", title="step 40").splitlines()

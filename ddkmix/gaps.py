@@ -1,0 +1,104 @@
+"""The gaps of a config's student as it is: what `ddkmix gaps` measures. Nothing is trained."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ddkmix.config import RunConfig
+from ddkmix.held_out import HeldOut, select_rows
+from ddkmix.hub import read_model_config
+from ddkmix.models import build_student
+from ddkmix.policies import WeightPolicy
+from ddkmix.policies.guards import unguarded
+from ddkmix.preflight import Prepared, check
+from ddkmix.prepare import open_rows, pack_rows, storage_of
+from ddkmix.same_text import RowTexts, SameText, TextReader, read_both, report_left_out
+from ddkmix.setup import distillation_model, evaluator_of, open_accelerator, open_evaluator
+from ddkmix.teaching import open_reader, open_teachers, teacher_nats, teacher_of_all
+from ddkmix.trainer import token_nats, with_divergence
+from ddkmix.types import DomainLosses
+
+__all__ = ["measure_gaps"]
+
+
+def measure_gaps(config: RunConfig) -> tuple[DomainLosses, WeightPolicy]:
+    """Held-out losses of a config's student, as it is built or loaded, beside its teacher's.
+
+    Models with different tokenizers are compared on the same bytes of text (see `same_text`); losses are then
+    nats per token of the student, the teacher's too. With `evaluation.reference: cards` no teacher is read.
+
+    Args:
+        config: the run; nothing is trained.
+
+    Returns:
+        The losses, nats per token, and the policy that the config names, without its guards.
+
+    Raises:
+        ConfigError: the config does not fit its domains or its models.
+        DataError: a card, a shard or a held-out row is wrong, or a store cannot be reached.
+        ModelError: a model or a tokenizer cannot be used as asked.
+    """
+    prepared = check(config, only_gaps=True)
+    accelerator = open_accelerator(config)
+    if prepared.teacher_tokenizer is not None:
+        return _gaps_of_text(prepared, accelerator), unguarded(prepared.policy)
+    with accelerator.main_process_first():
+        packed = open_rows(prepared, shown=accelerator.is_main_process)
+    evaluator = open_evaluator(config, packed, accelerator)
+    teachers = {} if prepared.references is not None else open_teachers(prepared, accelerator.device)
+    nats = teacher_nats(prepared, evaluator, teachers)
+    model = _student_to_measure(prepared, accelerator)
+    if "forward_kl" not in prepared.measures:
+        return evaluator.measure(token_nats(model), nats), unguarded(prepared.policy)
+    source = teacher_of_all(prepared, teachers, list(packed))
+    return evaluator.measure(with_divergence(model, source, list(packed)), nats), unguarded(prepared.policy)
+
+
+def _gaps_of_text(prepared: Prepared, accelerator: Any) -> DomainLosses:
+    """Of models with different tokenizers: each reads the same text in its own tokens."""
+    config = prepared.config
+    with accelerator.main_process_first():
+        packed = pack_rows(config, prepared.domains, prepared.packer, shown=accelerator.is_main_process)
+    rows = {name: select_rows(domain.held_out, config.evaluation.rows) for name, domain in packed.items()}
+    same = _same_text(prepared, rows)
+    if accelerator.is_main_process:
+        print(
+            "ddkmix: student and teacher have different tokenizers and are compared on the same bytes of "
+            "text: b/B of both, and nats per token of the student.",
+            file=sys.stderr,
+        )
+        report_left_out(same, rows)
+    evaluator = evaluator_of(config, same.student, accelerator)
+    if prepared.references is not None:
+        nats = teacher_nats(prepared, evaluator, {})
+    else:
+        theirs = evaluator_of(config, same.teacher, accelerator)
+        nats = teacher_nats(prepared, theirs, open_reader(prepared, accelerator.device))
+    return evaluator.measure(token_nats(_student_to_measure(prepared, accelerator)), nats)
+
+
+def _same_text(prepared: Prepared, rows: Mapping[str, HeldOut]) -> SameText:
+    config, theirs = prepared.config, prepared.teacher_tokenizer
+    assert theirs is not None
+    student, teacher = config.student, config.teacher
+    assert student.model is not None
+    own = {**read_model_config(student.model, student.revision), **student.overrides}
+    other = read_model_config(teacher.model, teacher.revision)
+    return read_both(
+        rows,
+        RowTexts(prepared.packer),
+        TextReader(prepared.tokenizer, own.get("max_position_embeddings")),
+        TextReader(theirs, other.get("max_position_embeddings")),
+        storage=storage_of(config),
+    )
+
+
+def _student_to_measure(prepared: Prepared, accelerator: Any) -> torch.nn.Module:
+    config = prepared.config
+    student = build_student(config.student, config.teacher, seed=config.seed).eval()
+    model: torch.nn.Module = accelerator.prepare_model(
+        distillation_model(prepared, student), evaluation_mode=True
+    )
+    return model
