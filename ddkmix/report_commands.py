@@ -47,10 +47,10 @@ def gaps(
 
     run = gaps_config(config, overrides, student, teacher, domains)
     quiet_libraries()
+    from ddkmix.gaps import measure_gaps
     from ddkmix.policies.ddk import Ddk
     from ddkmix.report.gaps import ddk_weights, render_gaps
     from ddkmix.report.story import story_of_gaps
-    from ddkmix.gaps import measure_gaps
 
     losses, policy = measure_gaps(run)
     weights = ddk_weights(losses, policy if isinstance(policy, Ddk) else None)

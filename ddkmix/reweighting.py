@@ -59,8 +59,8 @@ class Reweighter:
         on_losses: called with (step, losses, weights now in force) after every measurement.
 
     Raises:
-        ConfigError: the policy or its guards are wrong, `interval_steps` is below 1, evaluator and mixture are
-            of different domains, or the evaluator does not measure what the policy needs.
+        ConfigError: the policy or its guards are wrong, `interval_steps` is below 1, evaluator and mixture
+            are of different domains, or the evaluator does not measure what the policy needs.
     """
 
     def __init__(

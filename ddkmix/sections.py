@@ -277,8 +277,7 @@ class Evaluation(Section):
     batch_rows: PositiveInt = 8
     """Rows in a forward pass."""
     measures: tuple[Measure, ...] = ()
-    """What to measure beside the losses, whether or not the policy needs it. `excess_loss`: max(0, student -
-    teacher) of every token. `forward_kl`: KL(teacher || student); the teacher reads the rows every time."""
+    """To be measured although the policy does without; `forward_kl` has the teacher read the rows anew."""
     reference: Literal["teacher", "cards"] = "teacher"
     """What the gap is to: the teacher's loss, or the `reference_loss` that every card names."""
 
