@@ -10,7 +10,7 @@ read        rows in random order from the store, over the student's training spe
 step        forward, backward and AdamW of a student of a third of the teacher's size, with the signal from
             the store over the same online, in turns. Goal: at most 0.5 x.
 
-python tools/bench_store.py                         about 10 minutes on 2 cores
+python tools/bench_store.py                         about 5 minutes on 2 cores
 python tools/bench_store.py --rows 2 --steps 2      a try
 """
 

@@ -251,14 +251,14 @@ def test_without_a_mixture_a_store_knows_no_row(tmp_path: Path) -> None:
 
 def main(folder: str) -> None:
     """Three steps on every process of torchrun: 2 processes x 2 micro-batches x 3 rows."""
-    from torch.distributed import destroy_process_group, get_rank
+    from torch.distributed import barrier, get_rank
 
     changes = {"per_device_train_batch_size": 3}
     run = trained(DistillationTrainer, Path(folder), 2, changes=changes, loss=MOVING, teacher=teacher())
     if get_rank() == 0:
         run.model.save_pretrained(f"{folder}/student")
         Path(folder, "log.json").write_text(json.dumps(run.state.log_history))
-    destroy_process_group()
+    barrier()  # the group goes with the process (rank_program): taken down beside a DDP model it may hang
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:

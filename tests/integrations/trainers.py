@@ -136,7 +136,7 @@ def steps_of(mixture: DomainMixture, steps: int, parts: int) -> Iterator[list[li
 
 def main(folder: str) -> None:
     """Six steps on every process of torchrun: writes which rows this one has trained on."""
-    from torch.distributed import destroy_process_group, get_rank
+    from torch.distributed import barrier, get_rank
 
     run = trainer(
         Path(folder),
@@ -148,4 +148,4 @@ def main(folder: str) -> None:
     )
     run.train()
     (Path(folder) / f"rank{get_rank()}.json").write_text(json.dumps(run.rows))
-    destroy_process_group()
+    barrier()  # the group goes with the process (rank_program): taken down beside a DDP model it may hang
