@@ -16,6 +16,7 @@ from jaxtyping import Float
 from ddkmix.config import RunConfig
 from ddkmix.errors import DataError
 from ddkmix.evaluator import Evaluator
+from ddkmix.held_out import HeldOut
 from ddkmix.index import DomainRows
 from ddkmix.logits_store.card import StoreCard, read_card, serving_store, write_card
 from ddkmix.logits_store.hidden import save_head
@@ -28,7 +29,14 @@ from ddkmix.prepare import open_rows, storage_of, store_cards, stores_folder
 from ddkmix.ranks import current_rank, from_main, sum_over_ranks
 from ddkmix.recording import Recorder, head_of_teacher
 from ddkmix.teacher import EnsembleTeacher, LiveTeacher
-from ddkmix.teaching import held_out_cache, measured_nats, open_evaluator, open_models, stored_sums
+from ddkmix.teaching import (
+    held_out_cache,
+    held_out_rows,
+    measured_nats,
+    open_evaluator,
+    open_models,
+    stored_sums,
+)
 from ddkmix.tracking import progress_bar
 
 Teacher = LiveTeacher | EnsembleTeacher
@@ -52,7 +60,7 @@ class Capturing:
     prepared: Prepared
     rows: Mapping[str, DomainRows]
     """Train rows."""
-    held_out: Mapping[str, DomainRows]
+    held_out: Mapping[str, HeldOut]
     cards: Mapping[str, StoreCard]
     """Of each domain's store."""
     rank: int
@@ -77,14 +85,7 @@ class Capturing:
 
     def evaluator(self) -> Evaluator:
         """Of the held-out rows."""
-        return open_evaluator(
-            self.prepared.config,
-            self.held_out,
-            device=self.device,
-            rank=self.rank,
-            world_size=self.world_size,
-            reduce=sum_over_ranks,
-        )
+        return open_evaluator(self.prepared.config, self.held_out, self.device)
 
     def teachers_losses(self) -> dict[str, Float[np.ndarray, " R"]] | None:
         """Held-out row sums of every domain's teacher, nats; None if a store lacks some."""
@@ -153,7 +154,7 @@ def open_capturing(config: RunConfig) -> Capturing:
     return Capturing(
         prepared=prepared,
         rows={name: domain.train for name, domain in packed.items()},
-        held_out={name: domain.held_out for name, domain in packed.items()},
+        held_out=held_out_rows(config, packed),
         cards=cards,
         rank=rank,
         world_size=world_size,

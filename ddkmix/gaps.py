@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ddkmix.config import RunConfig
-from ddkmix.held_out import HeldOut, select_rows
+from ddkmix.held_out import HeldOut
 from ddkmix.hub import read_model_config
 from ddkmix.models import build_student
 from ddkmix.policies import WeightPolicy
@@ -15,8 +15,15 @@ from ddkmix.policies.guards import unguarded
 from ddkmix.preflight import Prepared, check
 from ddkmix.prepare import open_rows, pack_rows, storage_of
 from ddkmix.same_text import RowTexts, SameText, TextReader, read_both, report_left_out
-from ddkmix.setup import distillation_model, evaluator_of, open_accelerator, open_evaluator
-from ddkmix.teaching import open_reader, open_teachers, teacher_nats, teacher_of_all
+from ddkmix.setup import distillation_model, open_accelerator
+from ddkmix.teaching import (
+    held_out_rows,
+    open_evaluator,
+    open_reader,
+    open_teachers,
+    teacher_nats,
+    teacher_of_all,
+)
 from ddkmix.trainer import token_nats, with_divergence
 from ddkmix.types import DomainLosses
 
@@ -46,7 +53,7 @@ def measure_gaps(config: RunConfig) -> tuple[DomainLosses, WeightPolicy]:
         return _gaps_of_text(prepared, accelerator), unguarded(prepared.policy)
     with accelerator.main_process_first():
         packed = open_rows(prepared, shown=accelerator.is_main_process)
-    evaluator = open_evaluator(config, packed, accelerator)
+    evaluator = open_evaluator(config, held_out_rows(config, packed), accelerator.device)
     teachers = {} if prepared.references is not None else open_teachers(prepared, accelerator.device)
     nats = teacher_nats(prepared, evaluator, teachers)
     model = _student_to_measure(prepared, accelerator)
@@ -61,7 +68,7 @@ def _gaps_of_text(prepared: Prepared, accelerator: Any) -> DomainLosses:
     config = prepared.config
     with accelerator.main_process_first():
         packed = pack_rows(config, prepared.domains, prepared.packer, shown=accelerator.is_main_process)
-    rows = {name: select_rows(domain.held_out, config.evaluation.rows) for name, domain in packed.items()}
+    rows = held_out_rows(config, packed)
     same = _same_text(prepared, rows)
     if accelerator.is_main_process:
         print(
@@ -70,11 +77,11 @@ def _gaps_of_text(prepared: Prepared, accelerator: Any) -> DomainLosses:
             file=sys.stderr,
         )
         report_left_out(same, rows)
-    evaluator = evaluator_of(config, same.student, accelerator)
+    evaluator = open_evaluator(config, same.student, accelerator.device)
     if prepared.references is not None:
         nats = teacher_nats(prepared, evaluator, {})
     else:
-        theirs = evaluator_of(config, same.teacher, accelerator)
+        theirs = open_evaluator(config, same.teacher, accelerator.device)
         nats = teacher_nats(prepared, theirs, open_reader(prepared, accelerator.device))
     return evaluator.measure(token_nats(_student_to_measure(prepared, accelerator)), nats)
 

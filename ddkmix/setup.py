@@ -11,19 +11,17 @@ from ddkmix.checkpoint import claim_run, config_changes, find_run, load_checkpoi
 from ddkmix.config import RunConfig
 from ddkmix.distillation import DistillationModel
 from ddkmix.errors import ConfigError, RunError
-from ddkmix.evaluator import Evaluator
-from ddkmix.held_out import HeldOutRows, select_rows
 from ddkmix.matching import Matching, consistency_of, hidden_match_of
 from ddkmix.metrics import LossWindow
 from ddkmix.models import build_student, save_student
 from ddkmix.pack import PackedDomain
 from ddkmix.preflight import Prepared, check
-from ddkmix.prepare import open_mixture, open_rows, storage_of
+from ddkmix.prepare import open_mixture, open_rows
 from ddkmix.provenance import DataBlock, describe, record_data
 from ddkmix.reweighting import Reweighter
 from ddkmix.signals import noting_signals
 from ddkmix.teacher import LiveTeacher, SignalSource
-from ddkmix.teaching import open_teaching
+from ddkmix.teaching import held_out_rows, open_evaluator, open_teaching
 from ddkmix.trackers import check_taken
 from ddkmix.tracking import progress_bar
 from ddkmix.trainer import Run, run_loop
@@ -87,26 +85,6 @@ def train(
     return losses
 
 
-def open_evaluator(config: RunConfig, packed: dict[str, PackedDomain], accelerator: Any) -> Evaluator:
-    """The evaluator of a config's held-out rows."""
-    limit = config.evaluation.rows
-    rows = {name: select_rows(domain.held_out, limit) for name, domain in packed.items()}
-    return evaluator_of(config, rows, accelerator)
-
-
-def evaluator_of(config: RunConfig, rows: Mapping[str, HeldOutRows], accelerator: Any) -> Evaluator:
-    """The evaluator of any held-out rows, split over the processes."""
-    return Evaluator(
-        held_out=rows,
-        batch_rows=config.evaluation.batch_rows,
-        device=accelerator.device,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
-        storage=storage_of(config),
-    )
-
-
 def open_accelerator(config: RunConfig) -> Any:
     """Accelerate's view of the processes, with the seed set everywhere."""
     from accelerate import Accelerator
@@ -135,7 +113,7 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
     mixture = open_mixture(
         config, packed, rank=accelerator.process_index, world_size=accelerator.num_processes
     )
-    evaluator = open_evaluator(config, packed, accelerator)
+    evaluator = open_evaluator(config, held_out_rows(config, packed), accelerator.device)
     train_rows = {name: domain.train for name, domain in packed.items()}
     teaching = open_teaching(prepared, train_rows, evaluator, mixture.domains)
     student = build_student(config.student, config.teacher, seed=config.seed)

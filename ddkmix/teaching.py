@@ -1,6 +1,6 @@
 """From the teachers that a checked config names, live or captured, to signals and held-out losses."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,14 +14,16 @@ from ddkmix.distillation import about_predicted, predicted
 from ddkmix.errors import DataError
 from ddkmix.evaluator import Evaluator, TeacherNats, TokenNats
 from ddkmix.fingerprint import hash_json
-from ddkmix.held_out import select_rows
+from ddkmix.held_out import HeldOut, HeldOutRows, select_rows
 from ddkmix.index import DomainRows
 from ddkmix.logits_store.reader import LogitsStore
 from ddkmix.matching import hidden_match_of
 from ddkmix.models import load_teacher
 from ddkmix.nats_cache import NatsCache
+from ddkmix.pack import PackedDomain
 from ddkmix.preflight import Prepared
 from ddkmix.prepare import storage_of, store_cards, stores_folder
+from ddkmix.ranks import current_rank, sum_over_ranks
 from ddkmix.references import reference_sums
 from ddkmix.stored_teacher import StoredTeacher
 from ddkmix.teacher import DomainTeachers, EnsembleTeacher, LiveTeacher, SignalSource, label_nats
@@ -139,25 +141,27 @@ def open_models(prepared: Prepared, device: torch.device) -> dict[str, LiveTeach
     return opened
 
 
-def open_evaluator(
-    config: RunConfig,
-    held_out: Mapping[str, DomainRows],
-    *,
-    device: torch.device,
-    rank: int,
-    world_size: int,
-    reduce: Callable[[torch.Tensor], torch.Tensor],
-) -> Evaluator:
-    """The evaluator of a config's held-out rows; see `Evaluator` for the arguments."""
+def open_evaluator(config: RunConfig, held_out: Mapping[str, HeldOutRows], device: torch.device) -> Evaluator:
+    """The evaluator of any held-out rows, split over the processes."""
+    rank, world_size = current_rank()
     return Evaluator(
-        held_out={name: select_rows(rows, config.evaluation.rows) for name, rows in held_out.items()},
+        held_out=held_out,
         batch_rows=config.evaluation.batch_rows,
         device=device,
         rank=rank,
         world_size=world_size,
-        reduce=reduce,
+        reduce=sum_over_ranks,
         storage=storage_of(config),
     )
+
+
+def held_out_rows(config: RunConfig, packed: Mapping[str, PackedDomain]) -> dict[str, HeldOut]:
+    """The rows of each domain that a config measures on.
+
+    Raises:
+        DataError: those of a domain have no token to predict.
+    """
+    return {name: select_rows(domain.held_out, config.evaluation.rows) for name, domain in packed.items()}
 
 
 def held_out_cache(store: Path) -> NatsCache:

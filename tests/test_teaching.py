@@ -16,7 +16,7 @@ from ddkmix.preflight import check
 from ddkmix.prepare import open_mixture, open_rows
 from ddkmix.setup import train
 from ddkmix.teacher import LiveTeacher
-from ddkmix.teaching import open_evaluator, open_teachers, teacher_nats
+from ddkmix.teaching import held_out_rows, open_evaluator, open_teachers, teacher_nats
 from ddkmix.tracking import read_lines
 from tests.conftest import ConfigTree, reset_accelerate, save_tiny_model, write_domain
 
@@ -79,14 +79,8 @@ def test_held_out_losses_of_an_ensemble_are_literal(
 ) -> None:
     """-log of the normalised product of powers, summed over each row."""
     prepared, accelerator = check(config_of(tree)), Accelerator()
-    evaluator = open_evaluator(
-        prepared.config,
-        {name: packed.held_out for name, packed in open_rows(prepared, shown=False).items()},
-        device=accelerator.device,
-        rank=0,
-        world_size=1,
-        reduce=lambda tensor: tensor,
-    )
+    held_out = held_out_rows(prepared.config, open_rows(prepared, shown=False))
+    evaluator = open_evaluator(prepared.config, held_out, accelerator.device)
     nats = teacher_nats(prepared, evaluator, open_teachers(prepared, accelerator.device))
     sums = nats.sums["prose"]
     rows = evaluator.held_out["prose"].open(None)

@@ -40,7 +40,7 @@ def render_picture(story: Story) -> bytes:
     with rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(_WIDTH, sum(heights)))
         FigureCanvasAgg(figure)
-        parts = np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights))
+        parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
         parts[0].suptitle(f"{story.title}\n{story.status}", y=1 - 0.1 / heights[0], **_PLAIN)
         _gaps(parts[0], story)
         _margins(parts[0], heights[0], left=0.3 + 0.065 * max(len(_short(name)) for name in story.domains))
