@@ -14,6 +14,7 @@ from ddkmix.config import Storage
 from ddkmix.errors import DataError
 from ddkmix.index import DomainRows
 from ddkmix.order import DomainOrder, locate
+from ddkmix.references import CountedRows
 from ddkmix.rows import RowReader, byte_reader
 from ddkmix.sources import IGNORE
 
@@ -64,23 +65,8 @@ class OpenRows:
 
 
 @runtime_checkable
-class HeldOutRows(Protocol):
+class HeldOutRows(CountedRows, Protocol):
     """What is measured: packed rows (`HeldOut`) or a user's own items (`own_held_out.OwnHeldOut`)."""
-
-    @property
-    def domain(self) -> str:
-        """The domain's name."""
-        ...
-
-    @property
-    def num_tokens(self) -> Int[np.ndarray, " R"]:
-        """Predicted tokens of each row."""
-        ...
-
-    @property
-    def num_bytes(self) -> Int[np.ndarray, " R"]:
-        """Bytes of text that they cover; 0 where unknown."""
-        ...
 
     @property
     def key(self) -> object:

@@ -305,7 +305,8 @@ def test_an_unknown_key_gets_the_nearest_known_one_at_every_level(prefix, model)
 
 def test_an_unknown_key_like_no_other_gets_the_list_of_its_section():
     """Nothing near: the message lists what the section knows."""
-    expected = "unknown key evaluation.qqqqqqqqqqqq in c.yaml; known: evaluation.batch_rows, evaluation.rows."
+    known = ", ".join(f"evaluation.{name}" for name in ("batch_rows", "measures", "reference", "rows"))
+    expected = f"unknown key evaluation.qqqqqqqqqqqq in c.yaml; known: {known}."
     assert expected == message_of("evaluation.qqqqqqqqqqqq=1")
 
 
@@ -377,6 +378,8 @@ OTHER_VALUES = {
     "trainer.document_boundaries": True,
     "evaluation.rows": 20,
     "evaluation.batch_rows": 2,
+    "evaluation.measures": ("forward_kl",),
+    "evaluation.reference": "cards",
     "signal.source": "store",
     "signal.tail": "drop",
     "signal.missing": "live",

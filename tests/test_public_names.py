@@ -247,13 +247,13 @@ def test_a_choice_behind_an_alias_is_part_of_the_signature() -> None:
 
 
 def test_the_wheel_is_typed_and_whole(tmp_path: Path) -> None:
-    """A wheel holds every module and py.typed, and nothing of the tests; an installed ddkmix is typed for
-    mypy, which otherwise takes every name of it for Any."""
+    """A wheel holds every module, py.typed and the page of our policy, and nothing of the tests; an installed
+    ddkmix is typed for mypy, which otherwise takes every name of it for Any."""
     wheel = build_wheel(tmp_path)
     installed = environment(tmp_path, wheel)
     files = {str(p.relative_to(installed)) for p in (installed / "ddkmix").rglob("*") if p.is_file()}
     ours = {str(p.relative_to(REPO)) for p in (REPO / "ddkmix").rglob("*.py")}
-    assert files == ours | {"ddkmix/py.typed"}
+    assert files == ours | {"ddkmix/py.typed", "ddkmix/policies/marginal_gain.md"}
     program = tmp_path / "program.py"
     program.write_text(
         "from pathlib import Path\nfrom ddkmix import load_config\n"

@@ -3,17 +3,20 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
+from ddkmix.card import Card
 from ddkmix.cli import main
-from ddkmix.config import Named
+from ddkmix.config import Named, parse_config
 from ddkmix.policies import build_policy, next_state
 from ddkmix.preflight import dummy_losses
-from tests.conftest import REPO, TEACHER
+from tests.conftest import REPO, TEACHER, ConfigTree
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LAB.md", "BENCHMARKS.md")
 README = (REPO / "README.md").read_text()
@@ -36,6 +39,21 @@ def test_the_policy_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.Monk
     state = next_state(policy, None, losses, natural)
     assert [0.25, 0.75] == state["mixture_weights"]
     assert [0.5, 0.5] == next_state(policy, state, losses, natural)["mixture_weights"]
+
+
+def test_every_block_of_yaml_is_a_card_or_a_part_of_a_config(tiny_config: Callable[..., ConfigTree]) -> None:
+    """As it stands: cards are cards, sections are read with the rest of a config."""
+    cards, sections = 0, set()
+    for tree in map(yaml.safe_load, blocks("yaml")):
+        if "reference_loss" in tree:
+            tree = {"name": "code", "rows": "rows", "license": "MIT", **tree}
+        if "license" in tree:
+            cards += Card.model_validate(tree).name == "code"
+        else:
+            parse_config(tiny_config(**tree), where="README.md")
+            sections |= set(tree)
+    assert 3 == cards
+    assert {"policy", "guards", "loss", "schedule"} == sections
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")

@@ -51,6 +51,7 @@ def trainer_rows(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, t
             "pack": {"seq_len": SEQ_LEN, "processes": 1},
             "mixture": {"interval_steps": INTERVAL_STEPS},
             "policy": {"name": "tests.integrations.policies:Rotating"},
+            "guards": "off",
             "trainer": {"steps": STEPS, "batch_rows": BATCH_ROWS, "logits_chunk_tokens": 64},
             "optimizer": {"lr": 1e-3},
             "evaluation": {"rows": 4},

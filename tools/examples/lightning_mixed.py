@@ -8,6 +8,7 @@ import lightning
 import torch
 from ddkmix import DomainMixture, GapEvaluator, Reweighter
 from ddkmix.integrations.lightning import MixtureCallback, MixtureDataModule
+from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 TEACHER = "models/smollm2-135m-instruct"
@@ -52,6 +53,7 @@ reweighter = Reweighter(mixture, GapEvaluator(held_out, teacher=TEACHER, rows=2)
 data = MixtureDataModule(mixture)
 trainer = lightning.Trainer(
     max_steps=STEPS,
+    logger=CSVLogger("."),
     accumulate_grad_batches=2,
     callbacks=[MixtureCallback(reweighter)],
 )

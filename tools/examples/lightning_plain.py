@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import lightning
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 TEACHER = "models/smollm2-135m-instruct"
@@ -48,6 +49,7 @@ mixed = datasets.interleave_datasets(list(domains.values()), stopping_strategy="
 data = torch.utils.data.DataLoader(mixed, batch_size=4, shuffle=True)
 trainer = lightning.Trainer(
     max_steps=STEPS,
+    logger=CSVLogger("."),
     accumulate_grad_batches=2,
 )
 trainer.fit(Student(), data)
