@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float
 
 from ddkmix.config import RunConfig
 from ddkmix.errors import DataError
-from ddkmix.evaluator import Evaluator
+from ddkmix.evaluator import Evaluator, TeacherNats
 from ddkmix.held_out import HeldOut
 from ddkmix.index import DomainRows
 from ddkmix.logits_store.card import StoreCard, read_card, serving_store, write_card
@@ -32,10 +30,10 @@ from ddkmix.teacher import EnsembleTeacher, LiveTeacher
 from ddkmix.teaching import (
     held_out_cache,
     held_out_rows,
+    known_nats,
     measured_nats,
     open_evaluator,
     open_models,
-    stored_sums,
 )
 from ddkmix.tracking import progress_bar
 
@@ -87,9 +85,10 @@ class Capturing:
         """Of the held-out rows."""
         return open_evaluator(self.prepared.config, self.held_out, self.device)
 
-    def teachers_losses(self) -> dict[str, Float[np.ndarray, " R"]] | None:
+    def teachers_losses(self) -> TeacherNats | None:
         """Held-out row sums of every domain's teacher, nats; None if a store lacks some."""
-        return stored_sums({name: self.folder(name) for name in self.cards}, self.evaluator())
+        stores = {name: self.folder(name) for name in self.cards}
+        return known_nats(self.prepared, self.evaluator(), stores=stores)
 
     def jobs(self) -> list[Job]:
         """Every shard, captured or not."""

@@ -42,6 +42,10 @@ class ReferenceLoss(Section):
     """A loss on a domain's held-out text that somebody has measured, in place of a teacher's.
 
     Losses per byte hold for every tokenizer; one per token holds for the tokenizer that it was measured with.
+    It is compared with the student's loss on packed rows, in which the separator that ends a document is
+    predicted too and covers no byte (`DomainLosses.num_bytes`): count it, as `ddkmix gaps` does for models
+    that share a tokenizer. A loss of the text alone, as `ddkmix gaps` gives for two tokenizers, is lower by
+    one separator's nats a document.
     """
 
     model: str

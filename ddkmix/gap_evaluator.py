@@ -40,7 +40,8 @@ class GapEvaluator:
 
     Rows are split over the ranks of torch.distributed; all ranks must call `measure` together. The teacher is
     measured once, when first needed, and let go, unless `forward_kl` wants it every time. Given as a folder
-    or Hub id, its losses are kept in `cache_dir` and it is not even loaded the next time.
+    or Hub id, its losses are kept in `cache_dir` and it is not even loaded the next time; not so with
+    `logits` of your own, because what a function computes has no name to keep losses under.
 
     Args:
         held_out: rows of each domain: packed ones, or your own dataset of items with `input_ids` and
@@ -54,7 +55,7 @@ class GapEvaluator:
         logits: (model, input_ids (B, T)) -> logits (B, T, V); when None the model is called with
             `input_ids` and gives logits or an object that has them, as transformers models do.
         teacher_dtype: "float32" or "bfloat16", of a teacher that is loaded here.
-        cache_dir: where the teacher's sums are kept.
+        cache_dir: where the teacher's sums are kept; unused with `logits`.
         storage: how remote rows are read; the defaults of a config when None.
         measures: what to measure beside the losses. "excess_loss": the mean of max(0, student - teacher) over
             tokens; "forward_kl": the mean of KL(teacher || student), for which the teacher stays loaded, on
@@ -200,16 +201,22 @@ class GapEvaluator:
             reference = self._reference or dict.fromkeys(self.domains, 0.0)
             return TeacherNats(sums=reference_sums(self._held_out, reference))
         if not isinstance(teacher, nn.Module):
-            name = str(teacher)
-            fingerprint = model_fingerprint(name, None, self._cache_dir)
-            key = hash_json([fingerprint, self._teacher_dtype, evaluator.device.type, "logits"])
-            cache = NatsCache(self._cache_dir / "teacher_nats", key)
-            if (known := evaluator.cached(cache, tokens=tokens)) is not None:
+            cache = self._cache(str(teacher), evaluator.device)
+            known = None if cache is None else evaluator.cached(cache, tokens=tokens)
+            if known is not None:
                 return known
             self._teacher = teacher = self._live(evaluator.device)
         # in its own precision, whatever the loop around trains in: the sums are kept under that name
         with evaluating(teacher), torch.autocast(evaluator.device.type, enabled=False):
             return evaluator.frozen(token_nats_of(teacher, self._logits), cache, tokens=tokens)
+
+    def _cache(self, teacher: str, device: torch.device) -> NatsCache | None:
+        """Where losses of a teacher in a folder or on the Hub are kept; None where the user computes them."""
+        if self._logits is not logits_of:
+            return None
+        fingerprint = model_fingerprint(teacher, None, self._cache_dir)
+        key = hash_json([fingerprint, self._teacher_dtype, device.type, "logits"])
+        return NatsCache(self._cache_dir / "teacher_nats", key)
 
     def _live(self, device: torch.device) -> nn.Module:
         """The teacher as a module; one that was given stays where it is."""

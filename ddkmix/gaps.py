@@ -34,7 +34,8 @@ def measure_gaps(config: RunConfig) -> tuple[DomainLosses, WeightPolicy]:
     """Held-out losses of a config's student, as it is built or loaded, beside its teacher's.
 
     Models with different tokenizers are compared on the same bytes of text (see `same_text`); losses are then
-    nats per token of the student, the teacher's too. With `evaluation.reference: cards` no teacher is read.
+    nats per token of the student, the teacher's too. With `evaluation.reference: cards` no teacher is read,
+    and a teacher with another tokenizer changes no row.
 
     Args:
         config: the run; nothing is trained.
@@ -78,11 +79,8 @@ def _gaps_of_text(prepared: Prepared, accelerator: Any) -> DomainLosses:
         )
         report_left_out(same, rows)
     evaluator = open_evaluator(config, same.student, accelerator.device)
-    if prepared.references is not None:
-        nats = teacher_nats(prepared, evaluator, {})
-    else:
-        theirs = open_evaluator(config, same.teacher, accelerator.device)
-        nats = teacher_nats(prepared, theirs, open_reader(prepared, accelerator.device))
+    theirs = open_evaluator(config, same.teacher, accelerator.device)
+    nats = teacher_nats(prepared, theirs, open_reader(prepared, accelerator.device))
     return evaluator.measure(token_nats(_student_to_measure(prepared, accelerator)), nats)
 
 

@@ -13,11 +13,11 @@ _DIGEST_BYTES = 32
 
 
 class NatsCache:
-    """Losses of one frozen model on disk, small files per domain, keyed by content.
+    """Losses of one frozen model on disk, small files per domain, named by a hash of model, domain and rows.
 
-    Sums over rows are float64 in `.f8`, losses of single tokens float32 in `.f4`, which is there only where
-    somebody asked for them. A file is the SHA-256 of what follows and the numbers: damage costs a
-    measurement, no more.
+    A domain's name is no file's name: in a user's own datasets it is any string. Sums over rows are float64
+    in `.f8`, losses of single tokens float32 in `.f4`, which is there only where somebody asked for them. A
+    file is the SHA-256 of what follows and the numbers: damage costs a measurement, no more.
     """
 
     def __init__(self, folder: Path, model: str) -> None:
@@ -56,5 +56,5 @@ class NatsCache:
             file.write(sha256(data).digest() + data)
 
     def _path(self, held_out: HeldOutRows, kind: str) -> Path:
-        key = hash_json([self._model, held_out.key])
-        return self._folder / f"{held_out.domain}-{key[:16]}.{kind.lstrip('<')}"
+        key = hash_json([self._model, held_out.domain, held_out.key])
+        return self._folder / f"{key[:32]}.{kind.lstrip('<')}"

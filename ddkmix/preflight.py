@@ -85,7 +85,7 @@ def check(config: RunConfig, *, only_gaps: bool = False) -> Prepared:
     Args:
         config: the run.
         only_gaps: nothing is to be trained, so that two tokenizers are no obstacle, and what the policy needs
-            is nobody's business.
+            is nobody's business; nor is a teacher with another tokenizer, where gaps are to references.
 
     Raises:
         DdkmixError: the first thing that is wrong.
@@ -100,6 +100,8 @@ def check(config: RunConfig, *, only_gaps: bool = False) -> Prepared:
     teacher = read_model_config(config.teacher.model, config.teacher.revision)
     read = read_gap_tokenizers if only_gaps else read_tokenizers
     tokenizer, teacher_tokenizer = read(config, terms)
+    unread = only_gaps and teacher_tokenizer is not None and config.evaluation.reference == "cards"
+    teacher_tokenizer = None if unread else teacher_tokenizer
     measures = frozenset(config.evaluation.measures) | (frozenset() if only_gaps else needs_of(policy))
     live = only_gaps or config.signal.source == "live"
     check_measures(measures, config, live=live, one_tokenizer=teacher_tokenizer is None)
@@ -115,9 +117,8 @@ def check(config: RunConfig, *, only_gaps: bool = False) -> Prepared:
     check_student_tokenizer(config, tokenizer)
     if teacher_tokenizer is not None:
         _check_only_teacher(teachers, config)
-    models = {"student": student, **_further_teachers(teachers, tokenizer)}
-    if DEFAULT in teachers.models:
-        models = {"teacher": teacher, **models}
+    models = {} if unread else _teacher_configs(teachers, teacher, tokenizer)
+    models["student"] = student
     if not two:  # else texts are cut where they are too long for one of the models
         _check_positions(config, models)
     sizes = {name: model["vocab_size"] for name, model in models.items() if model.get("vocab_size")}
@@ -228,9 +229,11 @@ def _check_only_teacher(teachers: Teachers, config: RunConfig) -> None:
         )
 
 
-def _further_teachers(teachers: Teachers, tokenizer: TokenizerCard) -> dict[str, dict[str, Any]]:
-    """The configs of the models beside `teacher`; all of them read the same tokens."""
-    configs = {}
+def _teacher_configs(
+    teachers: Teachers, default: dict[str, Any], tokenizer: TokenizerCard
+) -> dict[str, dict[str, Any]]:
+    """The configs of the models in use; those beside `teacher` must read the same tokens."""
+    configs = {"teacher": default} if DEFAULT in teachers.models else {}
     for name, model in teachers.models.items():
         if name == DEFAULT:
             continue

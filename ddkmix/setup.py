@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ddkmix.checkpoint import claim_run, config_changes, find_run, load_checkpoint
-from ddkmix.config import RunConfig
+from ddkmix.config import RunConfig, dump_config
 from ddkmix.distillation import DistillationModel
 from ddkmix.errors import ConfigError, RunError
 from ddkmix.matching import Matching, consistency_of, hidden_match_of
@@ -22,7 +22,7 @@ from ddkmix.reweighting import Reweighter
 from ddkmix.signals import noting_signals
 from ddkmix.teacher import LiveTeacher, SignalSource
 from ddkmix.teaching import held_out_rows, open_evaluator, open_teaching
-from ddkmix.trackers import check_taken
+from ddkmix.trackers import check_taken, run_options, settings_of
 from ddkmix.tracking import progress_bar
 from ddkmix.trainer import Run, run_loop
 from ddkmix.types import DomainLosses
@@ -70,7 +70,7 @@ def train(
         changes = [*changes, *_restore(run, state, changes, allow_changes=allow_changes)]
     if run.main:
         _claim(run, _describe(run, prepared, packed), changes)
-    accelerator.init_trackers(config.tracking.project)
+    _open_trackers(run)
     total = config.trainer.steps
     with progress_bar("train", total=total, shown=run.main) as bar, noting_signals(run.stop_signal):
         bar.update(run.mixture.state.step)
@@ -240,6 +240,16 @@ def _claim(run: Run, block: DataBlock, changes: list[str]) -> None:
         run.log("changes.jsonl").append({"step": start, "changes": changes})
         for change in changes:
             print(f"ddkmix: resumed at step {start}: {change}", file=sys.stderr)
+
+
+def _open_trackers(run: Run) -> None:
+    """Tell them the config; only the main rank's trackers are anybody."""
+    tracking = run.config.tracking
+    if not tracking.trackers:
+        return
+    options = run_options(run.config.run_dir) if run.main else {}
+    settings = settings_of(dump_config(run.config))
+    run.accelerator.init_trackers(tracking.project, config=settings, init_kwargs=options)
 
 
 def _save(run: Run, prepared: Prepared) -> None:

@@ -4,9 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from jaxtyping import Float
 
 from ddkmix.config import RunConfig
 from ddkmix.cross_vocabulary import CrossVocabularyTeacher
@@ -70,10 +68,7 @@ def open_teaching(
         return Teaching(source=source, nats=nats, reads_places=False)
     store = open_store(prepared, rows)
     wants_live = bool(store.missing())
-    sums = None
-    if prepared.references is None and "excess_loss" not in prepared.measures:  # stores keep sums alone
-        sums = stored_sums({name: store.folder(name) for name in rows}, evaluator)
-    known = _known_nats(prepared, evaluator) if sums is None else TeacherNats(sums=sums)
+    known = _known(prepared, evaluator, {name: store.folder(name) for name in rows})
     teachers = open_teachers(prepared, evaluator.device) if wants_live or known is None else {}
     stored = StoredTeacher(
         store,
@@ -83,6 +78,15 @@ def open_teaching(
     )
     nats = teacher_nats(prepared, evaluator, teachers) if known is None else known
     return Teaching(source=stored, nats=nats, reads_places=True)
+
+
+def _known(prepared: Prepared, evaluator: Evaluator, stores: Mapping[str, Path]) -> TeacherNats | None:
+    """What nobody has to measure: references, or what stores or the cache have kept."""
+    if prepared.references is not None:
+        return teacher_nats(prepared, evaluator, {})
+    tokens = _wants_tokens(prepared)
+    stored = None if tokens else known_nats(prepared, evaluator, stores=stores)
+    return known_nats(prepared, evaluator, tokens=tokens) if stored is None else stored
 
 
 def open_store(prepared: Prepared, rows: Mapping[str, DomainRows]) -> LogitsStore:
@@ -169,23 +173,6 @@ def held_out_cache(store: Path) -> NatsCache:
     return NatsCache(store / "teacher_nats", "held_out")
 
 
-def stored_sums(
-    folders: Mapping[str, Path], evaluator: Evaluator
-) -> dict[str, Float[np.ndarray, " R"]] | None:
-    """Held-out row sums of every domain's teacher from the stores, nats; None if one lacks some.
-
-    Args:
-        folders: the store of each domain's teacher.
-        evaluator: of the held-out rows; all ranks get the same answer.
-    """
-    found = {
-        name: replace(evaluator, held_out={name: held_out}).cached(held_out_cache(folders[name]))
-        for name, held_out in evaluator.held_out.items()
-    }
-    sums = {name: own.sums[name] for name, own in found.items() if own is not None}
-    return sums if len(sums) == len(found) else None
-
-
 def teacher_cache(prepared: Prepared, domain: str, device: torch.device) -> NatsCache:
     """Where held-out losses of a domain's teacher are kept: keyed by what it says and where it computes."""
     key = hash_json([prepared.teacher_fingerprint(domain), device.type])
@@ -204,33 +191,52 @@ def measured_nats(
 ) -> TeacherNats:
     """Held-out losses of each domain's teacher, measured once per teacher and data and kept on disk."""
     chunk_tokens = prepared.config.trainer.logits_chunk_tokens or _CHUNK_TOKENS
-    measured = []
-    for name, teacher in teachers.items():
-        own, cache = _of_teacher(prepared, evaluator, name)
-        nats = _token_nats(teacher, chunk_tokens)
-        measured.append(own.frozen(nats, cache, tokens="excess_loss" in prepared.measures))
+    measured = [
+        own.frozen(_token_nats(teachers[name], chunk_tokens), cache, tokens=_wants_tokens(prepared))
+        for name, own, cache in _groups(prepared, evaluator)
+    ]
     return _together(measured)
 
 
-def _known_nats(prepared: Prepared, evaluator: Evaluator) -> TeacherNats | None:
-    """The same from the disk; None if a teacher has to be measured."""
-    if prepared.references is not None:
-        return teacher_nats(prepared, evaluator, {})
-    known = []
+def known_nats(
+    prepared: Prepared,
+    evaluator: Evaluator,
+    *,
+    stores: Mapping[str, Path] | None = None,
+    tokens: bool = False,
+) -> TeacherNats | None:
+    """The same from the disk; None, on all ranks, if one of them lacks some.
+
+    Args:
+        prepared: the checked config.
+        evaluator: of the held-out rows.
+        stores: look in these logits stores, of each domain's teacher, in the place of the cache.
+        tokens: with the losses of single tokens, which stores do not keep.
+    """
+    groups = _groups(prepared, evaluator, stores)
+    found = [own.cached(cache, tokens=tokens) for _, own, cache in groups]
+    kept = [one for one in found if one is not None]
+    return _together(kept) if len(kept) == len(found) else None
+
+
+def _groups(
+    prepared: Prepared, evaluator: Evaluator, stores: Mapping[str, Path] | None = None
+) -> list[tuple[str, Evaluator, NatsCache]]:
+    """Each teacher, the held-out rows of its domains, and where its losses on them are kept."""
+    groups = []
     for name in prepared.teachers.members:
-        own, cache = _of_teacher(prepared, evaluator, name)
-        found = own.cached(cache, tokens="excess_loss" in prepared.measures)
-        if found is None:
-            return None
-        known.append(found)
-    return _together(known)
+        domains = prepared.teachers.domains_of(name)
+        own = replace(evaluator, held_out={domain: evaluator.held_out[domain] for domain in domains})
+        if stores is None:
+            cache = teacher_cache(prepared, domains[0], evaluator.device)
+        else:  # a teacher has one store, for all its domains
+            cache = held_out_cache(stores[domains[0]])
+        groups.append((name, own, cache))
+    return groups
 
 
-def _of_teacher(prepared: Prepared, evaluator: Evaluator, name: str) -> tuple[Evaluator, NatsCache]:
-    """The held-out rows of a teacher's domains, and where its losses on them are kept."""
-    domains = prepared.teachers.domains_of(name)
-    own = replace(evaluator, held_out={domain: evaluator.held_out[domain] for domain in domains})
-    return own, teacher_cache(prepared, domains[0], evaluator.device)
+def _wants_tokens(prepared: Prepared) -> bool:
+    return "excess_loss" in prepared.measures
 
 
 def _together(parts: Sequence[TeacherNats]) -> TeacherNats:

@@ -289,7 +289,7 @@ def _record(
 
 def _write_interval(run: Run, step: int, losses: DomainLosses) -> None:
     weights = run.mixture.weights
-    run.accelerator.log(evaluation_metrics(losses, weights), step=step)
+    run.accelerator.log(evaluation_metrics(losses, weights, run.mixture.served), step=step)
     if not run.main:
         return
     run.last_interval = {

@@ -49,7 +49,9 @@ class DomainLosses:
     num_tokens: Int[np.ndarray, " N"]
     """Predicted tokens that the means are over."""
     num_bytes: Int[np.ndarray, " N"]
-    """UTF-8 bytes of text that those tokens cover; 0 where nobody counted them."""
+    """UTF-8 bytes of text that those tokens cover; 0 where nobody counted them. In every run, and in gaps of
+    models that share a tokenizer, the separator behind a document is one of those tokens: its nats count and
+    it covers no byte. In `ddkmix gaps` of two tokenizers it is given and not predicted: only text counts."""
     excess_loss: Float[np.ndarray, " N"] | None = None
     """Mean over tokens of max(0, student - teacher), nats per token; None where nobody measured it."""
     forward_kl: Float[np.ndarray, " N"] | None = None
@@ -185,12 +187,16 @@ class DomainLosses:
 
     @property
     def student_bits_per_byte(self) -> Float[np.ndarray, " N"]:
-        """The student's loss in bits per UTF-8 byte, comparable between tokenizers; nan without bytes."""
+        """The student's loss in bits per UTF-8 byte of text; nan without bytes.
+
+        Comparable between tokenizers where separators count alike: `num_bytes` says when they do. One
+        separator a document, of some nats, over all of its bytes: little for long documents.
+        """
         return self._bits_per_byte(self.student_loss)
 
     @property
     def teacher_bits_per_byte(self) -> Float[np.ndarray, " N"]:
-        """The teacher's loss in bits per UTF-8 byte."""
+        """The teacher's loss in bits per UTF-8 byte of text, over the same tokens or the same text."""
         return self._bits_per_byte(self.teacher_loss)
 
     def _bits_per_byte(self, loss: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:

@@ -22,6 +22,9 @@ def explain(error: ValidationError, where: str, root: type[BaseModel]) -> str:
     rule = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{key + ': ' if key else ''}{rule} (in {where})."
+    if first["type"] == "tuple_type":
+        given = first["input"]
+        rule = f"it must be a list{f': [{given}]' if isinstance(given, str | int | float) else ''}"
     return f"{key} = {first['input']!r} in {where}; {rule[0].lower()}{rule[1:]}."
 
 

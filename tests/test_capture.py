@@ -225,8 +225,9 @@ def test_the_teachers_held_out_losses_are_in_the_store(make: Make) -> None:
     assert open_capturing(config).teachers_losses() is None
     capture(config)
     job = open_capturing(config)
-    sums = job.teachers_losses()
-    assert sums is not None
+    losses = job.teachers_losses()
+    assert losses is not None
+    sums = losses.sums
     (held_out,) = job.evaluator().held_out.values()
     assert len(held_out.num_tokens) == len(sums["code"])
     nats = sums["code"].sum() / held_out.num_tokens.sum()

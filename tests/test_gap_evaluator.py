@@ -18,6 +18,7 @@ from ddkmix.errors import ConfigError, DataError, ModelError, NumericsError
 from ddkmix.evaluator import Evaluator
 from ddkmix.models import load_teacher
 from ddkmix.policies import reweight
+from ddkmix.predictions import logits_of
 from ddkmix.trainer import token_nats
 from tests.conftest import save_tiny_model, write_domain
 from tests.hand_made import write_rows
@@ -124,6 +125,38 @@ def test_a_teacher_in_a_folder_is_loaded_once_for_ever(
     assert 2 == len(loaded)
     measure(teacher=save_tiny_model(tmp_path / "other", tokenizer_folder, seed=5))
     assert 3 == len(loaded)
+
+
+def test_losses_of_ones_own_logits_are_not_taken_for_those_of_the_model(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    """Over fewer classes a loss is another one; neither order finds the other's in the cache."""
+    folder, student = save_tiny_model(tmp_path / "teacher", tokenizer_folder), Table(classes=320)
+
+    def measure(cache: str, classes: int | None) -> list[float]:
+        cut = None if classes is None else lambda model, ids: logits_of(model, ids)[..., :classes]
+        evaluator = GapEvaluator(HELD_OUT, teacher=folder, cache_dir=tmp_path / cache, logits=cut)
+        return evaluator.measure(student).teacher_loss.tolist()  # type: ignore[no-any-return]
+
+    whole, cut = measure("one", None), measure("other", VOCABULARY)
+    assert all(a > b + 1 for a, b in zip(whole, cut, strict=True))
+    assert (cut, whole) == (measure("one", VOCABULARY), measure("other", None))
+    assert measure("one", 2 * VOCABULARY) not in (whole, cut)
+
+
+def test_any_string_is_a_domain_of_ones_own(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Names of domains are no names of files: nothing lies elsewhere, none is too long, none is another's."""
+    folder, names = (
+        save_tiny_model(tmp_path / "teacher", tokenizer_folder),
+        ["../../escaped/x", "a" * 300, "b/c"],
+    )
+    held_out = {name: items(i) for i, name in enumerate(names)}
+    evaluator = GapEvaluator(held_out, teacher=folder, cache_dir=tmp_path / "deep" / "in" / "cache")
+    first = evaluator.measure(Table(classes=320))
+    found = {path.parent for path in tmp_path.rglob("*.f8")}
+    assert {tmp_path / "deep" / "in" / "cache" / "teacher_nats"} == found
+    again = GapEvaluator(held_out, teacher=folder, cache_dir=tmp_path / "deep" / "in" / "cache")
+    assert first.to_json() == again.measure(Table(classes=320)).to_json()
 
 
 def test_without_a_teacher_the_gap_is_to_a_reference_or_to_nothing() -> None:

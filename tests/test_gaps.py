@@ -20,6 +20,7 @@ from ddkmix.preflight import check
 from ddkmix.prepare import pack_rows
 from ddkmix.same_text import RowTexts
 from ddkmix.tokenizer import read_tokenizer
+from ddkmix.types import DomainLosses
 from tests.conftest import ConfigTree
 
 Make = Callable[..., ConfigTree]
@@ -141,6 +142,29 @@ def test_teacher_losses_are_kept_and_documents_kept_apart(
     losses = [measure_gaps(parse_config(one, where="test"))[0] for one in (apart, together)]
     assert (losses[0].teacher_loss != losses[1].teacher_loss).all()
     assert (losses[0].student_loss != losses[1].student_loss).all()
+
+
+def test_references_need_no_tokenizer_of_a_teacher(
+    tree: Make, tiny_teacher: Path, other_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rows, bytes and losses are those without any other teacher, and nothing is said about it; a teacher
+    that could not even read them is none of anybody's business."""
+    from tests.conftest import write_domain
+
+    for name in ("code", "math"):
+        write_domain(tmp_path / "cards", name, reference_loss={"model": "big", "bits_per_byte": 0.5})
+
+    def measure(teacher: Path, **sections: Any) -> DomainLosses:
+        cards = {"rows": 4, "reference": "cards"}
+        made = tree(tiny_teacher, teacher, evaluation=cards, domains=[str(tmp_path / "cards")], **sections)
+        return measure_gaps(parse_config(made, where="test"))[0]
+
+    alone, beside = measure(tiny_teacher), measure(other_teacher)
+    assert alone.to_json() == beside.to_json()
+    assert [0.5, 0.5] == pytest.approx(beside.teacher_bits_per_byte.tolist())
+    assert "different tokenizers" not in capsys.readouterr().err
+    more = {"more": {"model": str(other_teacher)}}
+    assert alone.to_json() == measure(other_teacher, teachers=more, default_teacher="more").to_json()
 
 
 def test_training_still_wants_losses_that_compare_two_vocabularies(

@@ -139,6 +139,7 @@ def test_a_run_records_what_its_policy_saw_and_resumes_exactly(tmp_path: Path, t
     records."""
     tree = tiny_config(
         policy={"name": "tests.test_measures:Needy"},
+        guards="off",  # they would shorten its moves
         mixture={"interval_steps": 2},
         trainer={"steps": 5, "checkpoint_steps": 3, "keep_checkpoints": 9},
         cache_dir=str(tmp_path / "cache"),

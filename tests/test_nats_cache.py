@@ -26,6 +26,17 @@ def test_the_cache_is_keyed_by_rows(tmp_path, change):
     assert list(range(9)) == cache.load(before).tolist()
 
 
+def test_domains_that_share_a_folder_do_not_share_files(tmp_path):
+    """A logits store is one folder for several domains; the name of each goes into its file's."""
+    cache = NatsCache(tmp_path / "cache", "held_out")
+    one, other = (select_rows(replace(random_rows(tmp_path), domain=name), 9) for name in ("code", "math"))
+    assert one.key == other.key
+    cache.save(one, np.arange(9.0))
+    assert cache.load(other) is None
+    cache.save(other, np.ones(9))
+    assert (list(range(9)), [1.0] * 9) == (cache.load(one).tolist(), cache.load(other).tolist())
+
+
 def truncated(data):
     """A file whose end is missing."""
     return data[:-5]

@@ -1,9 +1,10 @@
 """Measure, ask the policy, set the weights: when, from what, and what a resumed run remembers."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ddkmix import DomainLosses, DomainMixture, GapEvaluator, MixtureBatchSampler, Reweighter
@@ -78,6 +79,29 @@ def test_a_step_is_measured_once() -> None:
     """However often a framework calls."""
     reweighter = reweighter_of()
     assert [True, False, False] == [reweighter.step("model", 0) is not None for _ in range(3)]
+
+
+def test_the_policy_sees_the_rows_that_were_served() -> None:
+    """At every update the rows of each domain in all batches so far, counted here one by one; a count that
+    the losses bring stays."""
+    seen: list[list[int]] = []
+
+    class Counting(Rotating):
+        def init(self, losses: DomainLosses, natural_weights: Any) -> dict[str, Any]:
+            return self.update({"turn": -1}, losses)
+
+        def update(self, state: dict[str, Any], losses: DomainLosses) -> dict[str, Any]:
+            assert losses.rows_served is not None
+            seen.append(losses.rows_served.tolist())
+            return super().update(state, losses)
+
+    reweighter = reweighter_of(policy=Counting())
+    batches = run(reweighter, 4)
+    items = [[item for batch in batches[:steps] for item in batch] for steps in (0, 2, 4)]
+    assert [[sum(item in INDICES[name] for item in each) for name in COUNTS] for each in items] == seen
+    assert reweighter.losses is not None
+    reweighter.update(replace(reweighter.losses, rows_served=np.array([7, 8, 9])))
+    assert [7, 8, 9] == seen[-1]
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])

@@ -81,6 +81,17 @@ def test_a_row_by_hand(cards):
         assert [IGNORE, *first, IGNORE, *second] == labels.tolist()
 
 
+@pytest.mark.parametrize("name", ["rows", "bytes"])
+def test_a_separator_that_is_written_in_a_text_is_text(cards, name):
+    """As in packing: its characters are tokens with a loss like all others, and no document ends there."""
+    card = cards[name]
+    text = f"the {card.separator} sea"
+    ids, labels = TextReader(card, None).read([text, "old man"])
+    assert [0] == [i for i, label in enumerate(ids.tolist()) if label == card.separator_id][:1]
+    assert 2 == (ids == card.separator_id).sum() == (labels == IGNORE).sum()  # before and between the two
+    assert f"{text}old man" == predicted_text(card, labels)
+
+
 def test_the_documents_of_a_row(cards):
     """Between separators; "" where one stands at an end. A character that the row's ends have cut is left
     out."""

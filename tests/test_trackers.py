@@ -10,16 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
-from ddkmix.config import parse_config
+from ddkmix.config import dump_config, parse_config
 from ddkmix.errors import ConfigError
 from ddkmix.preflight import check
 from ddkmix.setup import train
-from ddkmix.trackers import check_taken, check_trackers, evaluation_metrics
+from ddkmix.trackers import check_taken, check_trackers, evaluation_metrics, run_options, settings_of
 from ddkmix.tracking import read_lines
+from ddkmix.types import LN_2
 from tests.conftest import ConfigTree, domain_losses
 
 Make = Callable[..., ConfigTree]
+SERVED = {"a": 30, "b": 10}
 
 
 def test_an_evaluation_is_told_by_domain() -> None:
@@ -34,26 +37,76 @@ def test_an_evaluation_is_told_by_domain() -> None:
         "loss_gap/b": 2.0,
         "gap_error/a": 0.01,
         "gap_error/b": 0.01,
+        "student_bits_per_byte/a": 0.625 / LN_2,  # 2.5 nats a token, 4 bytes a token
+        "student_bits_per_byte/b": 1.0 / LN_2,
+        "teacher_bits_per_byte/a": 0.5 / LN_2,
+        "teacher_bits_per_byte/b": 0.5 / LN_2,
+        "rows_served/a": 30.0,
+        "rows_served/b": 10.0,
         "mixture/next_weight/a": 0.25,
         "mixture/next_weight/b": 0.75,
         "evaluation/mean_loss_gap": 1.25,
         "evaluation/worst_loss_gap": 2.0,
+        "evaluation/domains_not_finite": 0.0,
     }
-    told = evaluation_metrics(losses, {"a": 0.25, "b": 0.75})
-    assert expected == told
+    told = evaluation_metrics(losses, {"a": 0.25, "b": 0.75}, SERVED)
+    assert expected == pytest.approx(told)
     assert {float} == {type(value) for value in told.values()}
-    more = replace(losses, excess_loss=np.array([0.6, 2.1]), forward_kl=np.array([0.4, 1.5]))
-    assert {"excess_loss/a", "excess_loss/b", "forward_kl/a", "forward_kl/b"} == set(
-        evaluation_metrics(more, {"a": 0.25, "b": 0.75})
-    ) - set(expected)
+    columns = ("excess_loss", "forward_kl", "effective_rows")
+    more = replace(losses, **{column: np.array([0.6, 2.1]) for column in columns})
+    found = set(evaluation_metrics(more, {"a": 0.25, "b": 0.75}, SERVED)) - set(expected)
+    assert {f"{column}/{domain}" for column in columns for domain in "ab"} == found
 
 
 def test_what_is_not_known_is_not_told() -> None:
     """Some trackers store NaN as an error, others as 0."""
     losses = replace(domain_losses([0.5, 2.0]), gap_error=np.array([math.nan, 0.1]))
-    told = evaluation_metrics(losses, {})
+    told = evaluation_metrics(losses, {}, {})
     assert "gap_error/a" not in told
     assert 0.1 == told["gap_error/b"]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_mean_gap_is_that_of_all_domains_or_of_none(loss: float) -> None:
+    """One that blew up must not leave a curve of the others under the same name; how many is a curve too."""
+    losses = replace(domain_losses([0.5, 2.0, 1.0]), student_loss=np.array([2.5, loss, 3.0]))
+    told = evaluation_metrics(losses, {}, {})
+    assert 1.0 == told["evaluation/domains_not_finite"]
+    assert not {"evaluation/mean_loss_gap", "evaluation/worst_loss_gap", "loss_gap/b"} & set(told)
+    assert 0.5 == told["loss_gap/a"]
+
+
+def test_settings_are_plain_values_by_the_names_of_overrides(tiny_config: Make) -> None:
+    """Every key of the config once; lists as strings, sections in lists by position."""
+    config = parse_config(tiny_config(loss=[{"name": "cross_entropy", "weight": 0.5}]), where="test")
+    found = settings_of(dump_config(config))
+    assert ("cross_entropy", 0.5) == (found["loss.0.name"], found["loss.0.weight"])
+    keys = ("trainer.batch_rows", "teacher.revision", "tracking.trackers")
+    assert (config.trainer.batch_rows, None, "[]") == tuple(found[key] for key in keys)
+    assert {bool, int, float, str, type(None)} >= {type(value) for value in found.values()}
+    assert {"a.b": "[0, [1]]", "c.0.d": 1} == settings_of({"a": {"b": [0, [1]]}, "c": [{"d": 1}], "e": {}})
+
+
+def test_a_run_keeps_its_name_and_id(tmp_path: Path) -> None:
+    """Weights & Biases goes on with the run after a resume; a run of the same name elsewhere is another."""
+    tracking = pytest.importorskip("accelerate.tracking")
+    first, other = tmp_path / "a" / "ddk", tmp_path / "b" / "ddk"
+    for folder in (first, other):
+        folder.mkdir(parents=True)
+    options = run_options(first)
+    assert options == run_options(first)
+    assert {"name": "ddk", "id": options["wandb"]["id"], "resume": "allow"} == options["wandb"]
+    assert options["wandb"]["id"] in options["trackio"]["name"]
+    for name in ("wandb", "trackio"):
+        assert options[name] != run_options(other)[name]
+    tracking.MLflowTracker("project", **options["mlflow"])
+
+
+def test_no_trackers_no_id(tiny_config: Make) -> None:
+    """A run that nobody follows has no file for them."""
+    config = parse_config(tiny_config(trainer={"steps": 1}), where="test")
+    train(config)
+    assert not (config.run_dir / "tracker_id").exists()
 
 
 @pytest.mark.parametrize(
@@ -117,6 +170,10 @@ def own_tracker() -> Iterator[list[tuple[int, dict[str, Any]]]]:
             assert step is not None
             told.append((step, dict(values)))
 
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            """The config comes before anything else."""
+            told.append((-1, values))
+
     tracking.register_tracker_class(Mine)
     yield told
     del tracking.LOGGER_TYPE_TO_CLASS["mine"]
@@ -141,6 +198,10 @@ def test_evaluations_and_steps_reach_tensorboard_and_a_tracker_of_ones_own(
     tracking = {"trackers": ["tensorboard", "mine"], "project": "my project"}
     config = parse_config(tiny_config(trainer={"steps": 6}, tracking=tracking), where="test")
     train(config)
+    assert (-1, settings_of(dump_config(config))) == own_tracker.pop(0)
+    (kept,) = (config.run_dir / "my project").glob("*/hparams.yml")
+    assert settings_of(dump_config(config)) == yaml.safe_load(kept.read_text())
+    assert (config.run_dir / "tracker_id").exists()
     scalars = events_of(config.run_dir / "my project")
     intervals = list(read_lines(config.run_dir / "intervals.jsonl"))
     assert [0, 4, 6] == [record["step"] for record in intervals]
@@ -150,6 +211,7 @@ def test_evaluations_and_steps_reach_tensorboard_and_a_tracker_of_ones_own(
             assert expected == scalars[f"{column}/{domain}"]
         weights = [(r["step"], pytest.approx(r["weights"][domain], rel=1e-6)) for r in intervals]
         assert weights == scalars[f"mixture/next_weight/{domain}"]
+        assert [(r["step"], r["served"][domain]) for r in intervals] == scalars[f"rows_served/{domain}"]
     metrics = list(read_lines(config.run_dir / "metrics.jsonl"))
     objective = [(r["step"], pytest.approx(r["train/objective"], rel=1e-6)) for r in metrics]
     assert objective == scalars["train/objective"]

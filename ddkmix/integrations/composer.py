@@ -22,6 +22,7 @@ Composer 0.32.1 asks for torch below 2.7.1 and ddkmix for 2.8, so no extra can i
 
 import json
 from collections.abc import Iterator, Mapping
+from logging import getLogger
 from typing import Any
 
 from composer.core import Callback, State, get_precision_context
@@ -35,6 +36,7 @@ from ddkmix.reweighting import Reweighter
 
 __all__ = ["MixtureCallback", "MixtureLoader"]
 
+_LOG = getLogger("ddkmix")
 _STATE = "ddkmix"
 """The one key of a saved state."""
 
@@ -50,7 +52,8 @@ class MixtureLoader(DataLoader[Any]):
         epoch_steps: optimizer steps in an epoch of Composer. With None an epoch has no end, and
             `max_duration` must be in batches ("300ba"). It stands for `train_subset_num_batches`, which
             would count the batches of an epoch anew after a resume.
-        allow_changes: go on from a checkpoint although domains, data or settings have changed.
+        allow_changes: go on from a checkpoint although domains, data or settings have changed; what has
+            changed is logged.
 
     Raises:
         ConfigError: `epoch_steps` is below 1, or a batch cannot be dealt to so many ranks.
@@ -118,7 +121,8 @@ class _MixtureDataset(IterableDataset[Any]):
 
     def load_state_dict(self, state: Mapping[str, str] | None) -> None:
         """Go on from a saved state; None says that the checkpoint's loader had none."""
-        self._mixture.load_state_dict(_unpacked(state), allow_changes=self._allow_changes)
+        for change in self._mixture.load_state_dict(_unpacked(state), allow_changes=self._allow_changes):
+            _LOG.warning("the mixture goes on although %s.", change)
         self.used_up = False
 
 
@@ -132,7 +136,8 @@ class MixtureCallback(Callback):
     Args:
         reweighter: of the mixture that the Trainer reads; None leaves the weights to you.
         model: the module to measure; None is the model inside Composer's (`HuggingFaceModel.model`).
-        allow_changes: go on from a checkpoint although domains, data or settings have changed.
+        allow_changes: go on from a checkpoint although domains, data or settings have changed; what has
+            changed is logged.
     """
 
     def __init__(
@@ -179,7 +184,9 @@ class MixtureCallback(Callback):
             DataError: it is of other data, or was saved without a reweighter.
         """
         if self._reweighter is not None:
-            self._reweighter.load_state_dict(_unpacked(state), allow_changes=self._allow_changes)
+            saved = _unpacked(state)
+            for change in self._reweighter.load_state_dict(saved, allow_changes=self._allow_changes):
+                _LOG.warning("the mixture and its weights go on although %s.", change)
 
     def close(self, state: State, logger: Logger) -> None:
         """Stop the mixture's readers."""

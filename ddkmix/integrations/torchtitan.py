@@ -25,6 +25,7 @@ Neither framework is imported. Read in torchtitan 0.3.0 and torchtune 0.6.1:
 
 import json
 from collections.abc import Iterator, Mapping
+from logging import getLogger
 from typing import Any
 
 from jaxtyping import Int
@@ -37,6 +38,7 @@ from ddkmix.sources import IGNORE
 
 __all__ = ["TitanLoader", "TuneLoader", "next_tokens"]
 
+_LOG = getLogger("ddkmix")
 _STATE = "ddkmix"
 """The one key of a saved state; its value is one string, which a checkpoint has or has not."""
 
@@ -98,7 +100,9 @@ class _PlainLoader:
                 "another loader wrote it. Load the rest without it; the mixture begins at its first row."
             )
         goes_on = self._mixture if self._reweighter is None else self._reweighter
-        goes_on.load_state_dict(json.loads(state_dict[_STATE]), allow_changes=self._allow_changes)
+        saved = json.loads(state_dict[_STATE])
+        for change in goes_on.load_state_dict(saved, allow_changes=self._allow_changes):
+            _LOG.warning("the mixture goes on although %s.", change)
 
 
 class TitanLoader(_PlainLoader):
@@ -128,7 +132,8 @@ class TitanLoader(_PlainLoader):
         microbatches: batches that the loop takes for each optimizer step.
         steps: optimizer steps of the whole run; None goes on until the domains are used up.
         reweighter: its policy is saved with the mixture; the loop calls its `step`.
-        allow_changes: go on from a checkpoint although domains, data or settings have changed.
+        allow_changes: go on from a checkpoint although domains, data or settings have changed; what has
+            changed is logged.
 
     Raises:
         ConfigError: the mixture deals its rows to other ranks, or a step's rows cannot be dealt so.

@@ -285,8 +285,10 @@ def test_a_checkpoint_without_a_mixture_is_refused(parts: Make, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("allow_changes", [False, True])
-def test_other_data_are_refused_or_allowed(parts: Make, tmp_path: Path, allow_changes: bool) -> None:
-    """A checkpoint of another batch size: an error that says so, unless changes are allowed."""
+def test_other_data_are_refused_or_allowed(
+    parts: Make, tmp_path: Path, allow_changes: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A checkpoint of another cap: an error that says so, or a warning if changes are allowed."""
     run(parts(), until="2ba", **saving(tmp_path))
     made = parts(max_epochs=50.0)
     options = {
@@ -297,6 +299,7 @@ def test_other_data_are_refused_or_allowed(parts: Make, tmp_path: Path, allow_ch
     if allow_changes:
         run(made, **options)
         assert STEPS == made.mixture.state.step
+        assert "goes on although cap_rows was" in caplog.text
     else:
         with pytest.raises(DataError, match="cap_rows was"):
             trainer_of(made, Recorder(), **options)

@@ -264,11 +264,15 @@ def test_policy_and_loader_must_be_of_one_mixture(parts: Make) -> None:
 
 
 @pytest.mark.parametrize("with_policy", [False, True])
-def test_other_data_are_refused_or_allowed(parts: Make, with_policy: bool) -> None:
-    """A state of another cap: an error that says so, unless changes are allowed."""
+def test_other_data_are_refused_or_allowed(
+    parts: Make, with_policy: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A state of another cap: an error that says so, or a warning if changes are allowed."""
     first, second = parts(), parts(max_epochs=50.0)
     state = titan(first, **({} if with_policy else {"reweighter": None})).state_dict()
     options: dict[str, Any] = {} if with_policy else {"reweighter": None}
     with pytest.raises(DataError, match="cap_rows was"):
         titan(second, **options).load_state_dict(state)
+    assert "" == caplog.text
     titan(second, **options, allow_changes=True).load_state_dict(state)
+    assert "the mixture goes on although cap_rows was" in caplog.text
