@@ -8,18 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddkmix.report.scales import axis_over, binned, digits, short, spread, thinned
+from ddkmix.report.scales import axis_over, binned, digits, plus_minus, short, spread, thinned
 
 FINITE = st.floats(-1e9, 1e9, allow_nan=False)
 
 
 def test_an_axis_holds_its_values_and_round_ticks() -> None:
-    """0.3 to 2.1: half steps; the ends are 4 % outside."""
-    axis = axis_over([2.1, 0.3, math.nan, math.inf])
+    """0.5 to 2.1, not five times as much: half steps; the ends are 4 % outside."""
+    axis = axis_over([2.1, 0.5, math.nan, math.inf])
     assert (0.5, 1.0, 1.5, 2.0) == axis.ticks
-    assert [0.3 - 0.072, 2.1 + 0.072] == pytest.approx([axis.low, axis.high])
+    assert [0.5 - 0.064, 2.1 + 0.064] == pytest.approx([axis.low, axis.high])
     assert not axis.log
-    assert 0.5 == pytest.approx(axis.at(1.2))
+    assert 0.5 == pytest.approx(axis.at(1.3))
 
 
 def test_a_wide_range_of_positive_values_is_logarithmic() -> None:
@@ -67,6 +67,35 @@ def test_every_value_has_its_place(values: list[float], zero: bool, tight: bool)
     assert len(axis.ticks) <= 15
     slack = 1e-9 * max(abs(axis.low), abs(axis.high))
     assert all(axis.low - slack <= tick <= axis.high + slack for tick in axis.ticks)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_many_places_are_those_of_each(log: bool) -> None:
+    """Below and above the axis its ends; nan stays nan."""
+    axis = axis_over([1.0, 16.0 if log else 4.0])
+    assert log == axis.log
+    values = [-1.0, 0.0, 1.0, 2.0, 3.5, 99.0]
+    assert [axis.at(value) for value in values] == axis.places(np.array(values)).tolist()
+    share = (math.log(2 / axis.low) / math.log(axis.high / axis.low)) if log else (2 - axis.low) / 3.24
+    assert [0.0, share, 1.0] == pytest.approx([axis.at(0.0), axis.at(2.0), axis.at(99.0)])
+
+
+def test_an_axis_holds_intervals_too() -> None:
+    """15.2 +- 3.0 ends at 18.2; on a logarithmic axis ends of 0 and less do not count."""
+    assert 18.2 <= axis_over([15.2, 10.0], ends=[12.2, 18.2, 7.0, 13.0]).high
+    assert 7.0 >= axis_over([15.2, 10.0], ends=[12.2, 18.2, 7.0, 13.0]).low
+    log = axis_over([16.0, 1.0], ends=[18.0, -3.0, 0.9])
+    assert log.log
+    assert [0.9 / 1.15, 18.0 * 1.15] == pytest.approx([log.low, log.high])
+
+
+def test_an_interval_without_bounds_does_not_hide_the_values() -> None:
+    """Twice the largest value at most, or as far as is said, and half the smallest on a logarithmic axis."""
+    wild = [-7e4, 7e4, -math.inf, math.inf, math.nan]
+    for axis in (axis_over([0.5, 0.4], ends=wild), axis_over([0.5, 0.4], ends=wild, reach=1.0)):
+        assert [-1.08, 1.08] == pytest.approx([axis.low, axis.high])
+    log = axis_over([16.0, 1.0], ends=[1e-9, 7e4])
+    assert [0.5 / 1.15, 32.0 * 1.15] == pytest.approx([log.low, log.high])
 
 
 def test_what_is_no_number_has_no_place() -> None:
@@ -118,3 +147,8 @@ def test_numbers_are_short_on_axes_and_exact_in_tables() -> None:
         digits(math.nan),
         digits(math.inf),
     ]
+
+
+def test_half_an_interval_is_readable_however_wide() -> None:
+    """Three digits; 76885.1 is no number of 5 digits and a point."""
+    assert ["0.0123", "7.69e+04", "∞", "–"] == [plus_minus(v) for v in (0.01234, 76885.1, math.inf, math.nan)]
