@@ -117,7 +117,7 @@ def charts(story: Story, lines: Sequence[UpdateRow]) -> list[Html]:
     notes = []
     if many > 0:
         notes.append(
-            f"Named: the {STYLES} domains with the largest gaps; the other {many} are grey lines, and have a "
+            f"Named: the first {STYLES} domains of the table above; the other {many} are grey lines, with a "
             "chart each below."
         )
     if len(shown) < len(story.moments):

@@ -20,8 +20,8 @@ _COLOURS = ("#0072b2", "#c04e00", "#00805c", "#882255", "#8a6a00", "#aa4499", "#
 _DASHES = ("-", "--", ":", "-.")
 _WIDTH, _ROW, _CARD = 10.0, 2.6, 1.25
 """Inches: of the picture, and the height of a row of charts and of small charts."""
-_CARDS = 6
-"""In a row."""
+_CARDS, _MOST_CARDS = 6, 60
+"""In a row, and in all: matplotlib takes a tenth of a second for each."""
 _POINTS, _BINS = 200, 500
 _PLAIN = {"parse_math": False}
 """A name with $ in it is a name, not a formula."""
@@ -37,7 +37,7 @@ def render_picture(story: Story) -> bytes:
     count = len(story.domains)
     heights = [1.2 + 0.2 * count]
     if timed:
-        heights += [3 * _ROW, 0.9 + _CARD * math.ceil(count / _CARDS)]
+        heights += [3 * _ROW, 0.9 + _CARD * math.ceil(min(count, _MOST_CARDS) / _CARDS)]
     with rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(_WIDTH, sum(heights)))
         FigureCanvasAgg(figure)
@@ -129,6 +129,7 @@ def _over_time(part: Any, story: Story) -> None:
     log = axis_over([v for row in rows for v in (row.worst, row.mean)]).log
     cells[4].plot(story.steps, [row.worst for row in rows], "--", color=_COLOURS[1], label="worst")
     cells[4].plot(story.steps, [row.mean for row in rows], "-", color=_COLOURS[0], label="mean")
+    cells[4].set_xlim(cells[0].get_xlim())  # also where the curves break off
     _finish(cells[4], "mean and worst gap, nats per token", log=log)
     _legend(cells[4])
     xs, ys = binned(story.objective, _BINS)
@@ -162,7 +163,8 @@ def _bars(axes: Any, curve: Curve, axis: Axis, colour: str) -> None:
 
 def _cards(part: Any, story: Story) -> None:
     """Losses of student (with the gap's interval) and teacher, on the same axes for all domains."""
-    rows = math.ceil(len(story.domains) / _CARDS)
+    count = min(len(story.domains), _MOST_CARDS)
+    rows = math.ceil(count / _CARDS)
     cells = part.subplots(rows, _CARDS, sharex=True, sharey=True, squeeze=False).ravel()
     shown = thinned(len(story.moments), _POINTS)
     steps = story.steps[shown]
@@ -170,29 +172,37 @@ def _cards(part: Any, story: Story) -> None:
     half = story.table("half_width")[shown]
     low, high = students - half, students + half
     axis = axis_over(np.concatenate([students, teachers]).ravel(), ends=np.concatenate([low, high]).ravel())
-    for i, (axes, name) in enumerate(zip(cells, story.domains, strict=False)):
+    if axis.log:
+        _log_scale(cells[0])  # of all: they share it, and each time it is set it is set for all
+    cells[0].set_ylim(axis.low, axis.high)
+    for i, (axes, name) in enumerate(zip(cells, story.domains[:_MOST_CARDS], strict=False)):
         band = np.clip(low[:, i], axis.low, None), np.clip(high[:, i], None, axis.high)
         axes.fill_between(steps, *band, color=_COLOURS[0], alpha=0.2, lw=0)
         axes.plot(steps, students[:, i], color=_COLOURS[0], lw=1.2, marker=".", ms=2)
         axes.plot(steps, teachers[:, i], color=_COLOURS[1], ls="--", lw=1)
-        axes.set_ylim(axis.low, axis.high)
-        _finish(axes, _short(name), log=axis.log)
-    for axes in cells[len(story.domains) :]:
+        _finish(axes, _short(name), log=False)
+    for axes in cells[count:]:
         axes.set_visible(False)
-    part.suptitle("losses by domain, nats per token: student (solid, 95 % band) and teacher (dashed)", y=0.99)
+    which = "losses by domain" if count == len(story.domains) else f"losses of the first {count} domains"
+    scale = " (log scale)" if axis.log else ""
+    part.suptitle(f"{which}, nats per token{scale}: student (solid, 95 % band) and teacher (dashed)", y=0.99)
 
 
 def _finish(axes: Any, title: str, *, log: bool) -> None:
     axes.set_title(f"{title} (log scale)" if log and "nats" in title else title, fontsize=8, **_PLAIN)
     if log:
-        from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        _log_scale(axes)
     axes.grid(color="#d5dae0", lw=0.5)
     axes.set_axisbelow(True)
+
+
+def _log_scale(axes: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _legend(axes: Any) -> None:

@@ -56,10 +56,10 @@ def axis_over(
 
     Args:
         values: what is to be drawn.
-        ends: of their intervals. They widen the range to `reach` on both sides at the most, and on a
-            logarithmic axis downwards to half the smallest value.
+        ends: of their intervals. Those further from 0 than `reach` do not count, nor on a logarithmic axis
+            those below half the smallest value.
         reach: twice the largest absolute value when None.
-        zero: the range begins at 0 (or below) and is linear, as for shares and counts.
+        zero: the range holds 0 and is linear, as for shares, counts and bars.
         tight: no free room at the ends and never logarithmic, as for steps.
         count: about how many ticks.
     """
@@ -68,17 +68,17 @@ def axis_over(
     low, high = float(known.min()), float(known.max())
     log = not (zero or tight) and low > 0 and _LOG_FROM < high / low < _LOG_TO
     reach = 2 * max(-low, high) if reach is None else reach
-    around = np.clip(_known(ends), -reach, reach)
-    if log:
-        around = np.maximum(around[around > 0], low / 2)
+    around = _known(ends)
+    around = around[(low / 2 if log else -reach) <= around]
+    around = around[around <= reach]
     low, high = (float(end) for end in (np.min([low, *around]), np.max([high, *around])))
     if zero:
-        low = min(low, 0.0)
+        low, high = min(low, 0.0), max(high, 0.0)
     if log:
         low, high = low / 1.15, high * 1.15
         return Axis(low=low, high=high, log=True, ticks=_log_ticks(low, high))
     room = 0.0 if tight else _MARGIN * (high - low)
-    low, high = low - (0.0 if zero and low == 0 else room), high + room
+    low, high = (end if zero and end == 0 else end + side * room for end, side in ((low, -1), (high, 1)))
     if not high > low:  # a single value
         low, high = (low, low + 1.0) if tight or zero else (low - 0.5, high + 0.5)
     return Axis(low=low, high=high, log=False, ticks=_ticks(low, high, count))

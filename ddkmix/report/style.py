@@ -15,7 +15,7 @@ CSS = """
 @media screen and (prefers-color-scheme: dark) {
   :root {
     --page: #0f1318; --ink: #e6eaee; --soft: #9aa5b1; --line: #323a44; --box: #181e25; --bar: #244a66;
-    --shade: #0009;
+    --shade: #fff4;
     --c0: #56b4e9; --c1: #ff8f4d; --c2: #2cc295; --c3: #ef7fae;
     --c4: #e6c229; --c5: #d9a0e8; --c6: #8fc7ff; --c7: #c9cfd6;
   }
@@ -36,7 +36,12 @@ dl {
   gap: 0.75rem 1rem; margin: 1rem 0;
 }
 dt { font-size: 0.8rem; }
-dd { margin: 0; font-size: 0.88rem; font-weight: 600; }
+dd { margin: 0; font-size: 0.85rem; font-weight: 600; }
+@media screen and (min-width: 1100px) {
+  dl { display: flex; }
+  dl div { flex: 0 1 auto; }
+  dl div:first-child { flex: 1 1 8rem; }
+}
 .note { border-left: 3px solid var(--c0); padding-left: 0.6rem; max-width: 60rem; }
 /* a shadow at an edge behind which there is more: the covers move with the table, the shadows do not */
 .scroll {

@@ -40,8 +40,10 @@ def test_other_ranges_are_linear(values: list[float]) -> None:
 
 
 def test_shares_counts_and_steps_are_linear_from_their_own_ends() -> None:
-    """Weights from 0; steps from the first to the last."""
+    """Weights from 0; gaps of students that are ahead up to 0; steps from the first to the last."""
     assert 0.0 == axis_over([0.9, 0.001], zero=True).low
+    behind = axis_over([-0.3, -0.1], zero=True)
+    assert [-0.312, 0.0] == pytest.approx([behind.low, behind.high])
     steps = axis_over([1.0, 400.0], tight=True)
     assert (1.0, 400.0, False) == (steps.low, steps.high, steps.log)
 
@@ -90,12 +92,13 @@ def test_an_axis_holds_intervals_too() -> None:
 
 
 def test_an_interval_without_bounds_does_not_hide_the_values() -> None:
-    """Twice the largest value at most, or as far as is said, and half the smallest on a logarithmic axis."""
-    wild = [-7e4, 7e4, -math.inf, math.inf, math.nan]
-    for axis in (axis_over([0.5, 0.4], ends=wild), axis_over([0.5, 0.4], ends=wild, reach=1.0)):
-        assert [-1.08, 1.08] == pytest.approx([axis.low, axis.high])
-    log = axis_over([16.0, 1.0], ends=[1e-9, 7e4])
-    assert [0.5 / 1.15, 32.0 * 1.15] == pytest.approx([log.low, log.high])
+    """Ends beyond twice the largest value, or as far as is said, and below half the smallest on a logarithmic
+    axis: it is as if they were not there."""
+    wild = [-7e4, 7e4, -math.inf, math.inf, math.nan, -1.1, 1.1]
+    assert axis_over([0.5, 0.4]) == axis_over([0.5, 0.4], ends=wild)
+    assert axis_over([0.5, 0.4, -0.2, 0.8]) == axis_over([0.5, 0.4], ends=[*wild, -0.2, 0.8], reach=0.8)
+    assert 1.1 <= axis_over([0.5, 0.4], ends=wild, reach=1.1).high
+    assert axis_over([16.0, 1.0]) == axis_over([16.0, 1.0], ends=[1e-9, 0.4, 7e4])
 
 
 def test_what_is_no_number_has_no_place() -> None:
