@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ddkmix.policies import WeightPolicy
 from ddkmix.policies.guards import unguarded
 from ddkmix.preflight import Prepared, check
 from ddkmix.prepare import open_rows, pack_rows, storage_of
-from ddkmix.same_text import RowTexts, SameText, TextReader, read_both, report_left_out
+from ddkmix.same_text import RowTexts, SameText, TextReader, left_out_notes, read_both
 from ddkmix.setup import distillation_model, open_accelerator
 from ddkmix.teaching import (
     held_out_rows,
@@ -28,6 +29,22 @@ from ddkmix.trainer import token_nats, with_divergence
 from ddkmix.types import DomainLosses
 
 __all__ = ["measure_gaps"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class MeasuredGaps:
+    """What was measured, and what a reader of the numbers must know."""
+
+    losses: DomainLosses
+    """Nats per token."""
+    policy: WeightPolicy
+    """The one that the config names, without its guards."""
+    references: tuple[str, ...]
+    """Models whose losses on the cards stand in the place of a teacher's; empty where a teacher was read."""
+    same_text: bool
+    """The two models have tokenizers of their own and are compared on the same bytes of text."""
+    notes: tuple[str, ...]
+    """A sentence each."""
 
 
 def measure_gaps(config: RunConfig) -> tuple[DomainLosses, WeightPolicy]:
@@ -48,10 +65,31 @@ def measure_gaps(config: RunConfig) -> tuple[DomainLosses, WeightPolicy]:
         DataError: a card, a shard or a held-out row is wrong, or a store cannot be reached.
         ModelError: a model or a tokenizer cannot be used as asked.
     """
+    found = measure_and_tell(config)
+    return found.losses, found.policy
+
+
+def measure_and_tell(config: RunConfig) -> MeasuredGaps:
+    """The same with what a report says of the numbers; see `measure_gaps`."""
     prepared = check(config, only_gaps=True)
     accelerator = open_accelerator(config)
-    if prepared.teacher_tokenizer is not None:
-        return _gaps_of_text(prepared, accelerator), unguarded(prepared.policy)
+    same_text = prepared.teacher_tokenizer is not None
+    losses, notes = (_gaps_of_text if same_text else _gaps_of_rows)(prepared, accelerator)
+    references = tuple(sorted({loss.model for loss in (prepared.references or {}).values()}))
+    if references:
+        notes.append(f"Teacher: the reference losses on the domains' cards, of {', '.join(references)}.")
+    return MeasuredGaps(
+        losses=losses,
+        policy=unguarded(prepared.policy),
+        references=references,
+        same_text=same_text,
+        notes=tuple(notes),
+    )
+
+
+def _gaps_of_rows(prepared: Prepared, accelerator: Any) -> tuple[DomainLosses, list[str]]:
+    """Of models that read the same rows."""
+    config = prepared.config
     with accelerator.main_process_first():
         packed = open_rows(prepared, shown=accelerator.is_main_process)
     evaluator = open_evaluator(config, held_out_rows(config, packed), accelerator.device)
@@ -59,29 +97,30 @@ def measure_gaps(config: RunConfig) -> tuple[DomainLosses, WeightPolicy]:
     nats = teacher_nats(prepared, evaluator, teachers)
     model = _student_to_measure(prepared, accelerator)
     if "forward_kl" not in prepared.measures:
-        return evaluator.measure(token_nats(model), nats), unguarded(prepared.policy)
+        return evaluator.measure(token_nats(model), nats), []
     source = teacher_of_all(prepared, teachers, list(packed))
-    return evaluator.measure(with_divergence(model, source, list(packed)), nats), unguarded(prepared.policy)
+    return evaluator.measure(with_divergence(model, source, list(packed)), nats), []
 
 
-def _gaps_of_text(prepared: Prepared, accelerator: Any) -> DomainLosses:
+def _gaps_of_text(prepared: Prepared, accelerator: Any) -> tuple[DomainLosses, list[str]]:
     """Of models with different tokenizers: each reads the same text in its own tokens."""
     config = prepared.config
     with accelerator.main_process_first():
         packed = pack_rows(config, prepared.domains, prepared.packer, shown=accelerator.is_main_process)
     rows = held_out_rows(config, packed)
     same = _same_text(prepared, rows)
+    notes = [
+        "Student and teacher have different tokenizers and are compared on the same bytes of text: b/B of "
+        "both, and nats per token of the student, the teacher's too.",
+        *left_out_notes(same, rows),
+    ]
     if accelerator.is_main_process:
-        print(
-            "ddkmix: student and teacher have different tokenizers and are compared on the same bytes of "
-            "text: b/B of both, and nats per token of the student.",
-            file=sys.stderr,
-        )
-        report_left_out(same, rows)
+        for note in notes:
+            print(f"ddkmix: {note[0].lower()}{note[1:]}", file=sys.stderr)
     evaluator = open_evaluator(config, same.student, accelerator.device)
     theirs = open_evaluator(config, same.teacher, accelerator.device)
     nats = teacher_nats(prepared, theirs, open_reader(prepared, accelerator.device))
-    return evaluator.measure(token_nats(_student_to_measure(prepared, accelerator)), nats)
+    return evaluator.measure(token_nats(_student_to_measure(prepared, accelerator)), nats), notes
 
 
 def _same_text(prepared: Prepared, rows: Mapping[str, HeldOut]) -> SameText:

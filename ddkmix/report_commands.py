@@ -24,6 +24,9 @@ ReportFormat = Annotated[
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="File to write instead of printing.", show_default=False)
 ]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace the file of --output, whatever it is.", show_default=False)
+]
 
 
 def gaps(
@@ -36,27 +39,35 @@ def gaps(
     domains: Annotated[str | None, typer.Option(help="Cards: a file, glob or folder.")] = None,
     style: ReportFormat = None,
     output: Output = None,
+    force: Force = False,
 ) -> None:
     """Report how far a student is from a teacher in each domain."""
     from ddkmix.report.output import destination
 
-    target = destination(style, output)
+    target = destination(style, output, force=force)
     if config is not None and "=" in config.name and not config.exists():
         overrides, config = [str(config), *(overrides or [])], None
     from ddkmix.options import gaps_config, quiet_libraries
 
     run = gaps_config(config, overrides, student, teacher, domains)
     quiet_libraries()
-    from ddkmix.gaps import measure_gaps
+    from ddkmix.gaps import measure_and_tell
     from ddkmix.policies.ddk import Ddk
     from ddkmix.report.gaps import ddk_weights, render_gaps
     from ddkmix.report.story import story_of_gaps
 
-    losses, policy = measure_gaps(run)
-    weights = ddk_weights(losses, policy if isinstance(policy, Ddk) else None)
+    found = measure_and_tell(run)
+    weights = ddk_weights(found.losses, found.policy if isinstance(found.policy, Ddk) else None)
     target.send(
-        lambda: story_of_gaps(losses, weights, run),
-        words=lambda words_style: render_gaps(losses, weights, words_style),
+        lambda: story_of_gaps(
+            found.losses,
+            weights,
+            run,
+            references=found.references,
+            notes=found.notes,
+            same_text=found.same_text,
+        ),
+        words=lambda words_style: render_gaps(found.losses, weights, words_style),
     )
 
 
@@ -64,13 +75,14 @@ def show(
     run_dir: Annotated[Path, typer.Argument(help="Run directory.", show_default=False)],
     style: ReportFormat = None,
     output: Output = None,
+    force: Force = False,
 ) -> None:
     """Show a run's history: gaps, weights, rows served, epochs so far and at the end."""
     from ddkmix.report.history import render_history
     from ddkmix.report.output import destination
     from ddkmix.report.story import story_of_run
 
-    target = destination(style, output)
+    target = destination(style, output, force=force)
     target.send(lambda: story_of_run(run_dir), words=lambda words_style: render_history(run_dir, words_style))
 
 

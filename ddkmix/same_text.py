@@ -11,7 +11,6 @@ would be that of another text. A space at the beginning of a document is overloo
 that put one before every text cannot tell it from none.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -168,15 +167,14 @@ def read_both(
     return SameText(student=own, teacher=theirs, left_out=left_out)
 
 
-def report_left_out(same: SameText, held_out: Mapping[str, HeldOut]) -> None:
-    """Say on stderr which domains lack rows that a tokenizer cannot spell."""
-    for name, count in same.left_out.items():
-        if count:
-            print(
-                f"ddkmix: domain {name}: {count} of {len(held_out[name].num_tokens)} held-out rows left out; "
-                "one of the two tokenizers cannot spell them.",
-                file=sys.stderr,
-            )
+def left_out_notes(same: SameText, held_out: Mapping[str, HeldOut]) -> list[str]:
+    """A sentence for each domain that lacks rows which a tokenizer cannot spell."""
+    return [
+        f"Domain {name}: {count} of {len(held_out[name].num_tokens)} held-out rows left out; one of the two "
+        "tokenizers cannot spell them."
+        for name, count in same.left_out.items()
+        if count
+    ]
 
 
 def _documents(rows: HeldOut, texts: RowTexts, storage: Storage | None) -> list[list[str]]:

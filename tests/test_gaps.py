@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from ddkmix.cli import main
 from ddkmix.config import parse_config
 from ddkmix.errors import ConfigError, ModelError
-from ddkmix.gaps import measure_gaps
+from ddkmix.gaps import measure_and_tell, measure_gaps
 from ddkmix.held_out import select_rows
 from ddkmix.models import load_model
 from ddkmix.preflight import check
@@ -195,3 +195,15 @@ def test_the_command_takes_models_that_read_differently(
     with pytest.raises(SystemExit):
         main(["gaps", *options, *[one for one in overrides if not one.startswith("teacher")]])
     assert "no card has a reference_loss" in capsys.readouterr().err
+
+
+def test_a_report_is_told_what_the_numbers_rest_on(
+    tree: Make, tiny_teacher: Path, other_teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two tokenizers: the same words on stderr and for the page; one tokenizer: nothing to say."""
+    found = measure_and_tell(parse_config(tree(tiny_teacher, other_teacher), where="test"))
+    assert (True, ()) == (found.same_text, found.references)
+    assert found.notes[0].startswith("Student and teacher have different tokenizers and are compared on the")
+    assert f"ddkmix: s{found.notes[0][1:]}\n" in capsys.readouterr().err
+    alone = measure_and_tell(parse_config(tree(tiny_teacher, tiny_teacher), where="test"))
+    assert (False, ()) == (alone.same_text, alone.notes)

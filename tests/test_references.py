@@ -9,7 +9,7 @@ from ddkmix.card import ReferenceLoss, read_card
 from ddkmix.config import parse_config
 from ddkmix.domains import load_domains
 from ddkmix.errors import ConfigError, DataError
-from ddkmix.gaps import measure_gaps
+from ddkmix.gaps import measure_and_tell, measure_gaps
 from ddkmix.held_out import select_rows
 from ddkmix.own_held_out import select_items
 from ddkmix.preflight import check
@@ -109,7 +109,10 @@ def test_gaps_are_to_the_cards_where_that_is_asked(tmp_path, tiny_config):
     to_teacher, _ = measure_gaps(parse_config(tree, where="test"))
     tree["evaluation"]["reference"] = "cards"
     config = parse_config(tree, where="test")
-    losses, _ = measure_gaps(config)
+    found = measure_and_tell(config)
+    losses = found.losses
+    assert ("big",) == found.references
+    assert ("Teacher: the reference losses on the domains' cards, of big.",) == found.notes
     assert to_teacher.student_loss.tolist() == losses.student_loss.tolist()
     assert [0.75, 0.5 / math.log(2)] == pytest.approx(losses.teacher_bits_per_byte.tolist())
     assert np.isfinite(losses.gap_error).all()

@@ -7,7 +7,7 @@ differ by colour, by dashes and by a label at their end, and colours are named i
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -23,8 +23,8 @@ _TOP, _HEIGHT, _BOTTOM = 8.0, 190.0, 22.0
 SPAN = 1000
 """Width of the drawing that is stretched."""
 _LABEL_CHARS = 14
-_DOTS_UP_TO = 16
-"""Evaluations that are marked one by one."""
+DOTS_UP_TO = 16
+"""Evaluations that are marked one by one, each with its bar; of more, only the last has bars."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +42,19 @@ class Curve:
     errors: Float[np.ndarray, " points"] | None = None
     """Half the length of the bar through each point."""
 
+    def barred(self) -> "Curve":
+        """The curve with the bars that are drawn: of forty, eight times, nothing but a comb can be seen."""
+        if self.errors is None or len(self.xs) <= DOTS_UP_TO:
+            return self
+        last = np.arange(len(self.xs)) == np.max(np.flatnonzero(np.isfinite(self.ys)), initial=0)
+        return replace(self, errors=np.where(last, self.errors, np.nan))
+
+    def ends(self) -> Float[np.ndarray, " ends"]:
+        """Of all bars; nan where one is not known."""
+        if self.errors is None:
+            return np.zeros(0)
+        return np.concatenate([self.ys - self.errors, self.ys + self.errors])
+
 
 def time_chart(key: str, title: str, summary: str, curves: Sequence[Curve], *, zero: bool) -> Html:
     """Curves over steps, with labels at their ends.
@@ -53,9 +66,13 @@ def time_chart(key: str, title: str, summary: str, curves: Sequence[Curve], *, z
         curves: at least one.
         zero: whether the range begins at 0.
     """
-    x = axis_over((v for curve in curves for v in curve.xs), tight=True, count=4)
-    y = axis_over((v for curve in curves for v in curve.ys), zero=zero)
-    named = [curve for curve in curves if curve.style is not None]
+    named = [curve.barred() for curve in curves if curve.style is not None]
+    x = axis_over(np.concatenate([curve.xs for curve in curves]), tight=True, count=4)
+    y = axis_over(
+        np.concatenate([curve.ys for curve in curves]),
+        ends=np.concatenate([curve.ends() for curve in named]) if named else (),
+        zero=zero,
+    )
     grey = [line_of(curve, x, y, _HEIGHT) for curve in curves if curve.style is None]
     parts = [
         *([element("path", class_="line many", d="".join(grey))] if grey else []),
@@ -75,7 +92,8 @@ def time_chart(key: str, title: str, summary: str, curves: Sequence[Curve], *, z
     )
     height = _TOP + _HEIGHT + _BOTTOM
     heading = f"{title} (log scale)" if y.log else title
-    return _figure(key, heading, summary, height, *_grid(x, y), stretched, *_labels(named, y))
+    arrows = [arrow for curve in named for arrow in _arrows(curve, x, y)]
+    return _figure(key, heading, summary, height, *_grid(x, y), stretched, *arrows, *_labels(named, y))
 
 
 def _figure(key: str, title: str, summary: str, height: float, *parts: Html) -> Html:
@@ -97,14 +115,15 @@ def _grid(x: Axis, y: Axis) -> list[Html]:
     """Lines at the ticks and their numbers."""
     parts = []
     for tick in y.ticks:
-        place = _TOP + down(y, tick)
+        place = _TOP + _HEIGHT * (1 - y.at(tick))
         parts.append(element("line", x1=f"{_LEFT}%", x2=f"{_RIGHT}%", y1=place, y2=place, class_="grid"))
         parts.append(element("text", short(tick), x=f"{_LEFT - 1.5}%", y=place + 3.5, class_="tick end"))
     bottom = _TOP + _HEIGHT
     parts.append(element("line", x1=f"{_LEFT}%", x2=f"{_RIGHT}%", y1=bottom, y2=bottom, class_="axis"))
     for tick in x.ticks:
-        across = f"{_LEFT + (_RIGHT - _LEFT) * x.at(tick):.1f}%"
-        parts.append(element("text", short(tick), x=across, y=bottom + 15, class_="tick middle"))
+        # the last one ends where its line would be: behind it stands the name of the axis
+        side = "end" if x.at(tick) > 0.95 else "middle"
+        parts.append(element("text", short(tick), x=_across(x, tick), y=bottom + 15, class_=f"tick {side}"))
     parts.append(element("text", "step", x=f"{_LABELS}%", y=bottom + 15, class_="tick"))
     return parts
 
@@ -113,44 +132,74 @@ def _drawn(curve: Curve, x: Axis, y: Axis) -> list[Html]:
     """A curve with the bars of its errors and a dot for every evaluation."""
     parts = []
     style = f"s{curve.style}"
+    across = (SPAN * x.places(curve.xs)).tolist()
     if curve.errors is not None:
-        ends = zip(curve.xs, curve.ys - curve.errors, curve.ys + curve.errors, strict=True)
-        bars = "".join(
-            f"M{SPAN * x.at(at):.0f} {down(y, low):.1f}V{down(y, high):.1f}"
-            for at, low, high in ends
-            if math.isfinite(low + high)
-        )
-        if bars:
+        lows, highs = (down(y, curve.ys + sign * curve.errors).tolist() for sign in (-1, 1))
+        ends = [ends for ends in zip(across, lows, highs, strict=True) if math.isfinite(sum(ends))]
+        if ends:
+            bars = "".join(f"M{at:.0f} {low:.1f}V{high:.1f}" for at, low, high in ends)
             parts.append(element("path", class_=f"bars {style}", d=bars))
     parts.append(element("path", class_=f"line {style}", d=line_of(curve, x, y, _HEIGHT)))
-    if len(curve.xs) <= _DOTS_UP_TO:
-        dots = "".join(
-            f"M{SPAN * x.at(at):.0f} {down(y, value):.1f}h0"
-            for at, value in zip(curve.xs, curve.ys, strict=True)
-            if math.isfinite(value)
-        )
+    if len(curve.xs) <= DOTS_UP_TO:
+        places = zip(across, down(y, curve.ys).tolist(), strict=True)
+        dots = "".join(f"M{at:.0f} {place:.1f}h0" for at, place in places if math.isfinite(place))
         parts.append(element("path", class_=f"dots {style}", d=dots))
     return parts
 
 
-def down(y: Axis, value: float, height: float = _HEIGHT) -> float:
+def _arrows(curve: Curve, x: Axis, y: Axis) -> list[Html]:
+    """Heads at the bars that go on beyond the chart."""
+    if curve.errors is None:
+        return []
+    parts = []
+    for at, value, error in zip(curve.xs, curve.ys, curve.errors, strict=True):
+        if not math.isnan(value + error):
+            kind = f"bars s{curve.style}"
+            if value + error > y.high:
+                parts.append(arrow(_across(x, at), _TOP, "up", kind))
+            if value - error < y.low:
+                parts.append(arrow(_across(x, at), _TOP + _HEIGHT, "down", kind))
+    return parts
+
+
+_HEADS = {
+    "up": "M-3 4L0 0L3 4", "down": "M-3 -4L0 0L3 -4", "left": "M4 -3L0 0L4 3", "right": "M-4 -3L0 0L-4 3"
+}  # fmt: skip
+
+
+def arrow(x: str, y: float, direction: str, kind: str) -> Html:
+    """The head of an arrow at a place, of the class `kind`: here an interval is cut.
+
+    Args:
+        x: where its point is, in per cent.
+        y: the same in pixels.
+        direction: up, down, left or right.
+        kind: class of its stroke.
+    """
+    return element("svg", element("path", d=_HEADS[direction], class_=kind), x=x, y=y, class_="arrow")
+
+
+def _across(x: Axis, value: float) -> str:
+    return f"{_LEFT + (_RIGHT - _LEFT) * x.at(value):.1f}%"
+
+
+def down(y: Axis, values: Float[np.ndarray, " n"], height: float = _HEIGHT) -> Float[np.ndarray, " n"]:
     """Pixels below the top of the curves."""
-    return height * (1 - y.at(value))
+    return height * (1 - y.places(values))
 
 
 def line_of(curve: Curve, x: Axis, y: Axis, height: float) -> str:
     """The path of a curve; a point alone becomes a dot, because its line has length 0 and round ends."""
     path, pen_down = [], False
-    for at, value in zip(curve.xs, curve.ys, strict=True):
-        if not math.isfinite(value):
+    places = down(y, curve.ys, height).tolist()
+    for at, place in zip((SPAN * x.places(curve.xs)).tolist(), places, strict=True):
+        if math.isnan(place):
             pen_down = False
-            continue
-        across, place = f"{SPAN * x.at(at):.0f}", f"{down(y, value, height):.1f}"
-        if not pen_down:
-            path.append(f"M{across} {place}h0")
+        elif not pen_down:
+            path.append(f"M{at:.0f} {place:.1f}h0")
+            pen_down = True
         else:
-            path.append(f"H{across}V{place}" if curve.stepped else f"L{across} {place}")
-        pen_down = True
+            path.append(f"H{at:.0f}V{place:.1f}" if curve.stepped else f"L{at:.0f} {place:.1f}")
     return "".join(path)
 
 
@@ -160,7 +209,7 @@ def _labels(curves: Sequence[Curve], y: Axis) -> list[Html]:
     for curve in curves:
         known = curve.ys[np.isfinite(curve.ys)]
         if len(known):
-            ended.append((curve, _TOP + down(y, float(known[-1]))))
+            ended.append((curve, _TOP + _HEIGHT * (1 - y.at(float(known[-1])))))
     places = spread([end for _, end in ended], apart=14.0, low=_TOP + 4, high=_TOP + _HEIGHT)
     parts = []
     for (curve, end), place in zip(ended, places, strict=True):

@@ -8,9 +8,11 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ddkmix.policies.ddk import Ddk
 from ddkmix.policies.update import exponentiated_update
+from ddkmix.report.markup import visible
 from ddkmix.types import DomainLosses
 
 Format = Literal["table", "json", "markdown"]
@@ -55,8 +57,19 @@ def render_gaps(
 
 def render_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; the first column is left-aligned, the others right-aligned."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    rule = "| " + " | ".join(["---"] + ["---:"] * (len(header) - 1)) + " |"
+    first, *others = (markdown_line(line) for line in (header, *rows))
+    return "\n".join([first, rule, *others])
+
+
+def markdown_line(cells: Sequence[str]) -> str:
+    """A row of a table in Markdown: a | in a cell does not end it, nor does the end of a line."""
+    return "| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _one_line(cell: str) -> str:
+    """A cell as it may be shown: what would steer a terminal or turn the reading order is shown by number."""
+    return visible(cell).replace("\t", "\\t").replace("\n", "\\n")
 
 
 def render_table(
@@ -65,15 +78,19 @@ def render_table(
     """A table of text; the first column and those named in `left` are left-aligned, the others right."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i and name not in left else "left", no_wrap=True)
+        table.add_column(
+            Text(_one_line(name)), justify="right" if i and name not in left else "left", no_wrap=True
+        )
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(_one_line(cell)) for cell in row))
     # wide enough for any number of domains: text that goes to files and issues must not be cut
     console = Console(width=10_000, color_system=None, force_terminal=False, markup=False, emoji=False)
     with console.capture() as capture:
         console.print(table)
     # not rich's own title, which is folded to the width of the table
-    return "\n".join([*([title] if title else []), *(line.rstrip() for line in capture.get().splitlines())])
+    return "\n".join(
+        [*([_one_line(title)] if title else []), *(line.rstrip() for line in capture.get().splitlines())]
+    )
 
 
 def _cells(losses: DomainLosses, weights: Mapping[str, float], i: int) -> list[str]:

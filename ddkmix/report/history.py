@@ -10,7 +10,7 @@ from ddkmix.errors import RunError
 from ddkmix.planner import PlannerState, PlanSettings
 from ddkmix.projection import Projection, project
 from ddkmix.provenance import DataBlock, read_blocks
-from ddkmix.report.gaps import Format, render_table
+from ddkmix.report.gaps import Format, markdown_line, render_table
 from ddkmix.tracking import read_lines
 
 
@@ -70,7 +70,7 @@ def render_history(run_dir: Path, style: Format) -> str:
         rows = [[str(r["step"]), *(cell(r, d) if d in r["losses"] else "" for d in domains)] for r in records]
         if style == "markdown":
             lines = [header, ["---:"] * len(header), *rows]
-            block = f"**{title}**\n\n" + "\n".join("| " + " | ".join(x) + " |" for x in lines)
+            block = f"**{title}**\n\n" + "\n".join(map(markdown_line, lines))
         else:
             block = render_table(header, rows, title)
         blocks.append(block)

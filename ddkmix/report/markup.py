@@ -22,8 +22,12 @@ def text(value: str) -> Html:
     """Text as it is to be read, safe in an element and in a quoted attribute."""
     if isinstance(value, Html):
         return value
-    visible = _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", value)
-    return Html(html.escape(visible, quote=True))
+    return Html(html.escape(visible(value), quote=True))
+
+
+def visible(value: str) -> str:
+    """Plain text with control characters and those that turn the reading order shown by their number."""
+    return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", value)
 
 
 def element(_name: str, /, *children: str, **attributes: str | int | float | None) -> Html:

@@ -67,12 +67,13 @@ class Destination:
         return f"{words(self.style)}\n".encode()
 
 
-def destination(style: str | None, path: Path | None) -> Destination:
+def destination(style: str | None, path: Path | None, *, force: bool = False) -> Destination:
     """The format and place of a report.
 
     Args:
         style: what `--format` says; by the file's ending when None, and a table without a file.
         path: what `--output` says; None is standard output.
+        force: what `--force` says: whatever file stands there may be replaced.
 
     Raises:
         ConfigError: the format is unknown or cannot go there, its library is missing, or the file is
@@ -94,12 +95,13 @@ def destination(style: str | None, path: Path | None) -> Destination:
     if path is None and style == "html" and sys.stdout.isatty():
         raise ConfigError("--format html: a page is not for a terminal; add --output FILE.html, or redirect.")
     if path is not None:
-        _check_free(path)
+        _check_free(path, force=force)
     return Destination(style=style, path=path)  # type: ignore[arg-type]  # checked above
 
 
-def _check_free(path: Path) -> None:
-    """A report of ours may be replaced by a newer one; anything else that stands there is worth more."""
+def _check_free(path: Path, *, force: bool) -> None:
+    """A page or picture of ours may be replaced by a newer one; anything else that stands there is worth
+    more, and text bears no mark that would tell."""
     if path.is_dir():
         raise ConfigError(f"--output {path} is a folder; name a file in it.")
     if not path.exists():
@@ -107,9 +109,12 @@ def _check_free(path: Path) -> None:
         if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
             raise ConfigError(f"--output {path}: {nearest} cannot be written to; choose another folder.")
         return
+    if force:
+        return
     with path.open("rb") as file:
         start = file.read(_HEAD_BYTES)
     if not any(mark in start for mark in _MARKS):
         raise ConfigError(
-            f"--output {path} exists and is no page or picture of ddkmix; remove it or choose another name."
+            f"--output {path} exists and is no page or picture of ddkmix; replace it with --force, or choose "
+            "another name."
         )

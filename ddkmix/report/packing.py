@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ddkmix.report.gaps import Format, render_table
+from ddkmix.report.gaps import Format, markdown_line, render_table
 
 _HEADER = [
     "domain", "split", "documents", "cut", "tokens", "bytes", "bytes/token", "rows", "padding", "repeated",
@@ -25,7 +25,7 @@ def render_packing(report: Mapping[str, Mapping[str, Mapping[str, Any]]], style:
     ]
     if style == "markdown":
         lines = [_HEADER, ["---", "---"] + ["---:"] * (len(_HEADER) - 3) + ["---"], *rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return "\n".join(map(markdown_line, lines))
     return render_table(_HEADER, rows)
 
 

@@ -10,17 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from ddkmix.report.charts import STYLES
-from ddkmix.report.scales import axis_over, binned, thinned
-from ddkmix.report.story import Z_95, Story
+from ddkmix.report.charts import STYLES, Curve
+from ddkmix.report.overview import gap_axis
+from ddkmix.report.scales import Axis, axis_over, binned, thinned
+from ddkmix.report.story import Story
 from ddkmix.report.updates import update_rows
 
 _COLOURS = ("#0072b2", "#c04e00", "#00805c", "#882255", "#8a6a00", "#aa4499", "#3a86b8", "#4a4f55")
 _DASHES = ("-", "--", ":", "-.")
 _WIDTH, _ROW, _CARD = 10.0, 2.6, 1.25
 """Inches: of the picture, and the height of a row of charts and of small charts."""
-_CARDS = 6
-"""In a row."""
+_CARDS, _MOST_CARDS = 6, 60
+"""In a row, and in all: matplotlib takes a tenth of a second for each."""
 _POINTS, _BINS = 200, 500
 _PLAIN = {"parse_math": False}
 """A name with $ in it is a name, not a formula."""
@@ -36,7 +37,7 @@ def render_picture(story: Story) -> bytes:
     count = len(story.domains)
     heights = [1.2 + 0.2 * count]
     if timed:
-        heights += [3 * _ROW, 0.9 + _CARD * math.ceil(count / _CARDS)]
+        heights += [3 * _ROW, 0.9 + _CARD * math.ceil(min(count, _MOST_CARDS) / _CARDS)]
     with rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(_WIDTH, sum(heights)))
         FigureCanvasAgg(figure)
@@ -65,17 +66,35 @@ def _gaps(part: Any, story: Story) -> None:
     """Dots with 95 % intervals, the largest at the top."""
     axes = part.subplots()
     places = np.arange(len(story.domains))
-    gaps = story.gaps(story.last)
-    errors = Z_95 * np.array([story.last.value("gap_error", name) for name in story.domains])
+    gaps, half, axis = story.now("loss_gap"), story.now("half_width"), gap_axis(story)
     known = np.isfinite(gaps)
     axes.barh(places[known], gaps[known], height=0.45, color="#b9d3e6")
-    sure = known & np.isfinite(errors)
-    axes.errorbar(gaps[sure], places[sure], xerr=errors[sure], fmt="none", ecolor="#1b1f24", capsize=2, lw=1)
+    sure = known & ~np.isnan(half)
+    low, high = gaps - half, gaps + half
+    axes.hlines(
+        places[sure],
+        np.maximum(low, axis.low)[sure],
+        np.minimum(high, axis.high)[sure],
+        color="#1b1f24",
+        lw=1,
+    )
+    for end, beyond, edge, head in (
+        (low, low < axis.low, axis.low, "<"),
+        (high, high > axis.high, axis.high, ">"),
+    ):
+        axes.plot(end[sure & ~beyond], places[sure & ~beyond], "|", color="#1b1f24", ms=5, mew=1)
+        axes.plot(
+            np.full(int(beyond.sum()), edge), places[beyond], head, color="#1b1f24", ms=3, clip_on=False
+        )
+    axes.set_xlim(axis.low, axis.high)
     axes.plot(gaps[known], places[known], "o", color=_COLOURS[0], ms=4)
     axes.set_yticks(places, [_short(name) for name in story.domains], **_PLAIN)
     axes.set_ylim(len(story.domains) - 0.4, -0.6)
     axes.axvline(0.0, color="#59636e", lw=0.8)
-    axes.set_xlabel("loss gap with its 95 % interval, nats per token")
+    for place, name in zip(places, story.domains, strict=True):
+        if why := story.no_gap(name):
+            axes.text(0.0, place, f" {why}", va="center", fontsize=7, color="#59636e")
+    axes.set_xlabel("loss gap with its 95 % interval, nats per token; arrows: it goes on beyond")
 
 
 def _over_time(part: Any, story: Story) -> None:
@@ -88,61 +107,102 @@ def _over_time(part: Any, story: Story) -> None:
         ("epochs", "epochs"),
     )
     for axes, (title, column) in zip(cells, columns, strict=False):
-        for i in reversed(range(len(story.domains))):  # the largest gaps on top
-            name = story.domains[i]
-            values = story.over_time(column, name)[shown]
-            own = i < STYLES
+        curves = _curves(story, column, shown)
+        for i, curve in reversed(list(enumerate(curves))):  # the largest gaps on top
             style: dict[str, Any] = {"color": "#59636e", "lw": 0.5, "alpha": 0.4}
-            if own:
-                style = {"color": _COLOURS[i], "ls": _DASHES[i % 4], "lw": 1.4, "label": _short(name)}
+            if i < STYLES:
+                style = {"color": _COLOURS[i], "ls": _DASHES[i % 4], "lw": 1.4, "label": _short(curve.name)}
             drawstyle = "steps-post" if column == "weights" else "default"
-            axes.plot(story.steps[shown], values, drawstyle=drawstyle, **style)
-            if own and column == "loss_gap":
-                errors = Z_95 * story.over_time("gap_error", name)[shown]
-                axes.errorbar(story.steps[shown], values, errors, fmt="none", ecolor=_COLOURS[i], lw=0.7)
-        _finish(axes, title, log=column == "loss_gap" and _is_log(story, shown))
+            axes.plot(curve.xs, curve.ys, drawstyle=drawstyle, **style)
+        log = False
+        if column == "loss_gap":
+            axis = axis_over(
+                story.table(column)[shown].ravel(), ends=np.concatenate([curve.ends() for curve in curves])
+            )
+            log = axis.log
+            for i, curve in enumerate(curves[:STYLES]):
+                _bars(axes, curve, axis, _COLOURS[i])
+            axes.set_ylim(axis.low, axis.high)
+        _finish(axes, title, log=log)
     _legend(cells[0])
     rows = update_rows(story)
+    log = axis_over([v for row in rows for v in (row.worst, row.mean)]).log
     cells[4].plot(story.steps, [row.worst for row in rows], "--", color=_COLOURS[1], label="worst")
     cells[4].plot(story.steps, [row.mean for row in rows], "-", color=_COLOURS[0], label="mean")
-    _finish(cells[4], "mean and worst gap, nats per token", log=_is_log(story, shown))
+    cells[4].set_xlim(cells[0].get_xlim())  # also where the curves break off
+    _finish(cells[4], "mean and worst gap, nats per token", log=log)
     _legend(cells[4])
     xs, ys = binned(story.objective, _BINS)
     cells[5].plot(xs, ys, color=_COLOURS[0], lw=1)
     _finish(cells[5], "training objective, nats per token", log=axis_over(ys).log)
 
 
+def _curves(story: Story, column: str, shown: list[int]) -> list[Curve]:
+    """Every domain over time; of gaps those that have a colour with their bars."""
+    steps, values, half = story.steps[shown], story.table(column)[shown], story.table("half_width")[shown]
+    return [
+        Curve(
+            name=name,
+            xs=steps,
+            ys=values[:, i],
+            errors=half[:, i] if column == "loss_gap" and i < STYLES else None,
+        ).barred()
+        for i, name in enumerate(story.domains)
+    ]
+
+
+def _bars(axes: Any, curve: Curve, axis: Axis, colour: str) -> None:
+    """Intervals as far as the chart goes, with arrows where they go on."""
+    assert curve.errors is not None
+    sure = ~np.isnan(curve.ys + curve.errors)
+    xs, low, high = curve.xs[sure], (curve.ys - curve.errors)[sure], (curve.ys + curve.errors)[sure]
+    axes.vlines(xs, np.maximum(low, axis.low), np.minimum(high, axis.high), color=colour, lw=0.7)
+    for beyond, edge, head in ((low < axis.low, axis.low, "v"), (high > axis.high, axis.high, "^")):
+        axes.plot(xs[beyond], np.full(int(beyond.sum()), edge), head, color=colour, ms=3, clip_on=False)
+
+
 def _cards(part: Any, story: Story) -> None:
     """Losses of student (with the gap's interval) and teacher, on the same axes for all domains."""
-    rows = math.ceil(len(story.domains) / _CARDS)
+    count = min(len(story.domains), _MOST_CARDS)
+    rows = math.ceil(count / _CARDS)
     cells = part.subplots(rows, _CARDS, sharex=True, sharey=True, squeeze=False).ravel()
     shown = thinned(len(story.moments), _POINTS)
     steps = story.steps[shown]
-    every = [story.over_time(c, n)[shown] for c in ("student_loss", "teacher_loss") for n in story.domains]
-    log = axis_over(np.concatenate(every)).log
-    for axes, name in zip(cells, story.domains, strict=False):
-        student, teacher = (story.over_time(f"{who}_loss", name)[shown] for who in ("student", "teacher"))
-        errors = Z_95 * story.over_time("gap_error", name)[shown]
-        axes.fill_between(steps, student - errors, student + errors, color=_COLOURS[0], alpha=0.2, lw=0)
-        axes.plot(steps, student, color=_COLOURS[0], lw=1.2, marker=".", ms=2)
-        axes.plot(steps, teacher, color=_COLOURS[1], ls="--", lw=1)
-        _finish(axes, _short(name), log=log)
-    for axes in cells[len(story.domains) :]:
+    students, teachers = (story.table(f"{who}_loss")[shown] for who in ("student", "teacher"))
+    half = story.table("half_width")[shown]
+    low, high = students - half, students + half
+    axis = axis_over(np.concatenate([students, teachers]).ravel(), ends=np.concatenate([low, high]).ravel())
+    if axis.log:
+        _log_scale(cells[0])  # of all: they share it, and each time it is set it is set for all
+    cells[0].set_ylim(axis.low, axis.high)
+    for i, (axes, name) in enumerate(zip(cells, story.domains[:_MOST_CARDS], strict=False)):
+        band = np.clip(low[:, i], axis.low, None), np.clip(high[:, i], None, axis.high)
+        axes.fill_between(steps, *band, color=_COLOURS[0], alpha=0.2, lw=0)
+        axes.plot(steps, students[:, i], color=_COLOURS[0], lw=1.2, marker=".", ms=2)
+        axes.plot(steps, teachers[:, i], color=_COLOURS[1], ls="--", lw=1)
+        _finish(axes, _short(name), log=False)
+    for axes in cells[count:]:
         axes.set_visible(False)
-    part.suptitle("losses by domain, nats per token: student (solid, 95 % band) and teacher (dashed)", y=0.99)
+    which = "losses by domain" if count == len(story.domains) else f"losses of the first {count} domains"
+    scale = " (log scale)" if axis.log else ""
+    part.suptitle(f"{which}, nats per token{scale}: student (solid, 95 % band) and teacher (dashed)", y=0.99)
 
 
 def _finish(axes: Any, title: str, *, log: bool) -> None:
     axes.set_title(f"{title} (log scale)" if log and "nats" in title else title, fontsize=8, **_PLAIN)
     if log:
-        from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        _log_scale(axes)
     axes.grid(color="#d5dae0", lw=0.5)
     axes.set_axisbelow(True)
+
+
+def _log_scale(axes: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _legend(axes: Any) -> None:
@@ -150,10 +210,6 @@ def _legend(axes: Any) -> None:
     legend = axes.legend(handles[::-1], labels[::-1], fontsize=7, frameon=False, ncols=2)
     for text in legend.get_texts():
         text.set_parse_math(False)
-
-
-def _is_log(story: Story, shown: list[int]) -> bool:
-    return axis_over(v for name in story.domains for v in story.over_time("loss_gap", name)[shown]).log
 
 
 def _short(name: str) -> str:

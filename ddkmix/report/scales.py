@@ -25,37 +25,70 @@ class Axis:
     ticks: tuple[float, ...]
     """Round numbers within the range."""
 
-    def at(self, value: float) -> float:
-        """The share of the axis below a value, kept within 0 and 1; nan for what is no number."""
-        if math.isnan(value):
-            return math.nan
-        low, high = (math.log(end) if self.log else end for end in (self.low, self.high))
+    def places(self, values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """The share of the axis below each value, kept within 0 and 1; nan for what is no number."""
+        low, high = self.low, self.high
         if self.log:
-            value = math.log(value) if value > 0 else -math.inf
-        return min(max((value - low) / (high - low), 0.0), 1.0)
+            low, high = math.log(low), math.log(high)
+            with np.errstate(divide="ignore"):
+                values = np.log(np.maximum(values, 0.0))  # of nan is nan, of 0 is -inf
+        shares: Float[np.ndarray, " n"] = np.clip((values - low) / (high - low), 0.0, 1.0)
+        return shares
+
+    def at(self, value: float) -> float:
+        """The same of one value."""
+        return float(self.places(np.array([value], dtype=float))[0])
 
 
-def axis_over(values: Iterable[float], *, zero: bool = False, tight: bool = False, count: int = 4) -> Axis:
-    """An axis for all finite values.
+def axis_over(
+    values: Iterable[float],
+    *,
+    ends: Iterable[float] = (),
+    reach: float | None = None,
+    zero: bool = False,
+    tight: bool = False,
+    count: int = 4,
+) -> Axis:
+    """An axis for all finite values, and for the ends of their intervals as far as that helps to read them.
+
+    A domain of two held-out rows has an interval of hundreds of nats; an axis for all of it would show
+    nothing else. What lies beyond is cut by whoever draws, and said to be.
 
     Args:
         values: what is to be drawn.
-        zero: the range begins at 0 (or below) and is linear, as for shares and counts.
+        ends: of their intervals. Those further from 0 than `reach` do not count, nor on a logarithmic axis
+            those below half the smallest value.
+        reach: twice the largest absolute value when None.
+        zero: the range holds 0 and is linear, as for shares, counts and bars.
         tight: no free room at the ends and never logarithmic, as for steps.
         count: about how many ticks.
     """
-    finite = [value for value in values if math.isfinite(value)] or [0.0]
-    low, high = min(finite), max(finite)
+    known = _known(values)
+    known = known[np.isfinite(known)] if np.isfinite(known).any() else np.zeros(1)
+    low, high = float(known.min()), float(known.max())
+    log = not (zero or tight) and low > 0 and _LOG_FROM < high / low < _LOG_TO
+    reach = 2 * max(-low, high) if reach is None else reach
+    around = _known(ends)
+    around = around[(low / 2 if log else -reach) <= around]
+    around = around[around <= reach]
+    low, high = (float(end) for end in (np.min([low, *around]), np.max([high, *around])))
     if zero:
-        low = min(low, 0.0)
-    if not (zero or tight) and low > 0 and _LOG_FROM < high / low < _LOG_TO:
+        low, high = min(low, 0.0), max(high, 0.0)
+    if log:
         low, high = low / 1.15, high * 1.15
         return Axis(low=low, high=high, log=True, ticks=_log_ticks(low, high))
     room = 0.0 if tight else _MARGIN * (high - low)
-    low, high = low - (0.0 if zero and low == 0 else room), high + room
+    low, high = (end if zero and end == 0 else end + side * room for end, side in ((low, -1), (high, 1)))
     if not high > low:  # a single value
         low, high = (low, low + 1.0) if tight or zero else (low - 0.5, high + 0.5)
     return Axis(low=low, high=high, log=False, ticks=_ticks(low, high, count))
+
+
+def _known(values: Iterable[float]) -> Float[np.ndarray, " n"]:
+    given = values if isinstance(values, np.ndarray) else list(values)
+    array = np.asarray(given, dtype=float).ravel()
+    known: Float[np.ndarray, " n"] = array[~np.isnan(array)]
+    return known
 
 
 def _ticks(low: float, high: float, count: int) -> tuple[float, ...]:
@@ -118,6 +151,11 @@ def short(value: float) -> str:
         if abs(value) >= (size if unit != "k" else 10 * size):
             return f"{value / size:.4g}{unit}"
     return f"{value:.10g}"
+
+
+def plus_minus(half: float) -> str:
+    """Half an interval in three digits, however wide it is: 0.0123, 7.69e+04, ∞."""
+    return "∞" if half == math.inf else digits(half, ".3g")
 
 
 def digits(value: float, style: str = ".3f") -> str:

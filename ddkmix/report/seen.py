@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ddkmix.errors import ConfigError, DataError, ModelError, RunError, did_you_mean
 from ddkmix.provenance import DataBlock
 from ddkmix.replay import Replay, SeenRow
-from ddkmix.report.gaps import render_table
+from ddkmix.report.gaps import markdown_line, render_table
 from ddkmix.tokenizer import read_tokenizer
 
 SeenFormat = Literal["table", "json", "markdown", "text"]
@@ -173,7 +173,7 @@ def _render(
     if style == "markdown":
         escaped = [[html.escape(cell, quote=False).replace("|", "\\|") for cell in line] for line in cells]
         lines = [header, ["---"] * len(header), *escaped]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return "\n".join(map(markdown_line, lines))
     title = f"steps {steps[0]:,} to {steps[1]:,}" if several else f"step {steps[0]:,}"
     return render_table(header, cells, f"{title}, {len(rows):,} rows", left=("domain", "row", "text"))
 

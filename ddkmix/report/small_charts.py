@@ -8,9 +8,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ddkmix.report.charts import SPAN, Curve, down, line_of
+from ddkmix.report.charts import SPAN, Curve, arrow, down, line_of
 from ddkmix.report.markup import Html, element
 from ddkmix.report.scales import Axis, short
+
+_RIGHT = 86
+"""Per cent of a small chart's width where its curves end and the numbers of its axis begin."""
 
 
 def gap_bar(gap: float, error: float, axis: Axis) -> Html:
@@ -18,7 +21,8 @@ def gap_bar(gap: float, error: float, axis: Axis) -> Html:
 
     Args:
         gap: nats per token; nan draws nothing.
-        error: half the interval, nats per token; nan draws no whiskers.
+        error: half the interval, nats per token; nan draws no whiskers. They end in an arrow where the axis
+            ends before them.
         axis: of all gaps.
     """
     if not math.isfinite(gap):
@@ -29,10 +33,16 @@ def gap_bar(gap: float, error: float, axis: Axis) -> Html:
         element("line", x1=f"{zero:.2f}%", x2=f"{zero:.2f}%", y1=0, y2=20, class_="axis"),
         element("rect", x=f"{left:.2f}%", width=f"{right - left:.2f}%", y=6, height=8, class_="bar"),
     ]
-    if math.isfinite(error):
-        low, high = (f"{_per_cent(axis, gap + sign * error):.2f}%" for sign in (-1, 1))
-        parts.append(element("line", x1=low, x2=high, y1=10, y2=10, class_="whisker"))
-        parts += [element("line", x1=end, x2=end, y1=6.5, y2=13.5, class_="whisker") for end in (low, high)]
+    if not math.isnan(error):
+        ends = {"left": gap - error, "right": gap + error}
+        places = {side: f"{_per_cent(axis, end):.2f}%" for side, end in ends.items()}
+        parts.append(element("line", x1=places["left"], x2=places["right"], y1=10, y2=10, class_="whisker"))
+        parts += [
+            element("line", x1=place, x2=place, y1=6.5, y2=13.5, class_="whisker")
+            if axis.low <= ends[side] <= axis.high
+            else arrow(place, 10.0, side, "whisker")
+            for side, place in places.items()
+        ]
     parts.append(element("circle", cx=f"{here:.2f}%", cy=10, r=3, class_="point"))
     return element("svg", *parts, width="100%", height=20, class_="gap", aria_hidden="true")
 
@@ -67,19 +77,17 @@ def small_chart(
         height: pixels.
         ticks: values of `y` that get a line and a number.
     """
-    grid = [
-        element("line", x1="0%", x2="100%", y1=down(y, v, height), y2=down(y, v, height), class_="grid")
-        for v in ticks
-    ]
-    numbers = [
-        element("text", short(v), x="100%", y=max(down(y, v, height) - 2, 9.0), class_="tick end")
-        for v in ticks
+    places = [height * (1 - y.at(tick)) for tick in ticks]
+    grid = [element("line", x1="0%", x2=f"{_RIGHT}%", y1=at, y2=at, class_="grid") for at in places]
+    numbers = [  # beside the curves, and whole at the ends too
+        element("text", short(tick), x="100%", y=min(max(at + 3, 8.0), height - 1), class_="tick end")
+        for tick, at in zip(ticks, places, strict=True)
     ]
     stretched = element(
         "svg",
         *parts,
         class_="curves",
-        width="100%",
+        width=f"{_RIGHT}%",
         height=height,
         viewBox=f"0 0 {SPAN} {height:g}",
         preserveAspectRatio="none",
@@ -107,9 +115,11 @@ def band_path(curve: Curve, x: Axis, y: Axis, *, height: float) -> Html:
     """The intervals around a curve as a shaded band; holes where one is not known."""
     errors = np.zeros_like(curve.ys) if curve.errors is None else curve.errors
     runs: list[list[tuple[float, float, float]]] = [[]]
-    for at, low, high in zip(curve.xs, curve.ys - errors, curve.ys + errors, strict=True):
-        if math.isfinite(low + high):
-            runs[-1].append((SPAN * x.at(at), down(y, low, height), down(y, high, height)))
+    across = SPAN * x.places(curve.xs)
+    lows, highs = (down(y, curve.ys + sign * errors, height) for sign in (-1, 1))
+    for at, low, high in zip(across.tolist(), lows.tolist(), highs.tolist(), strict=True):
+        if not math.isnan(low + high):
+            runs[-1].append((at, low, high))
         elif runs[-1]:
             runs.append([])
     path = ""
@@ -123,11 +133,12 @@ def band_path(curve: Curve, x: Axis, y: Axis, *, height: float) -> Html:
 def area_path(curve: Curve, x: Axis, y: Axis, *, height: float) -> Html:
     """The area below a stepped curve."""
     path, last = "", None
-    for at, value in zip(curve.xs, curve.ys, strict=True):
-        across = f"{SPAN * x.at(at):.0f}"
+    places = zip((SPAN * x.places(curve.xs)).tolist(), down(y, curve.ys, height).tolist(), strict=True)
+    for at, place in places:
+        across = f"{at:.0f}"
         if last is not None:
             path += f"H{across}V{height:g}Z"
-        last = across if math.isfinite(value) else None
+        last = None if math.isnan(place) else across
         if last is not None:
-            path += f"M{across} {height:g}V{down(y, value, height):.1f}"
+            path += f"M{across} {height:g}V{place:.1f}"
     return element("path", class_="area", d=path + ("Z" if last is not None else ""))

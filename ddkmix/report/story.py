@@ -7,7 +7,7 @@ domains stand in one order everywhere, the one furthest behind first.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,11 @@ from jaxtyping import Float
 
 from ddkmix.checkpoint import read_run_config
 from ddkmix.config import RunConfig, dump_config
-from ddkmix.errors import RunError
+from ddkmix.errors import DataError, RunError
 from ddkmix.provenance import read_blocks
 from ddkmix.report.history import read_intervals
 from ddkmix.tracking import read_lines
 from ddkmix.types import DomainLosses
-
-Z_95 = 1.959964
-"""A normal variable lies within this many standard errors of its mean with probability 0.95."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,13 +39,37 @@ class Moment:
     """Rows served so far."""
     epochs: Mapping[str, float]
     """Passes over the domain's train rows so far."""
+    half_width: Mapping[str, float]
+    """Half of each gap's 95 % interval (`DomainLosses.gap_interval`), nats per token; nan where unknown."""
+
+    def column(self, name: str, domains: Sequence[str]) -> Float[np.ndarray, " N"]:
+        """A number of each domain; nan where unknown.
+
+        Args:
+            name: `weights`, `served`, `epochs`, `half_width`, which alone may be infinite, or a column of
+                losses.
+            domains: those wanted.
+        """
+        own = {"weights": self.weights, "served": self.served, "epochs": self.epochs}
+        if name == "half_width":
+            return np.array([self.half_width.get(domain, math.nan) for domain in domains])
+        if name in own:
+            found = [own[name].get(domain) for domain in domains]
+        else:
+            found = [self.losses.get(domain, {}).get(name) for domain in domains]
+        values = np.array([math.nan if value is None else float(value) for value in found])
+        values[~np.isfinite(values)] = math.nan
+        return values
 
     def value(self, column: str, domain: str) -> float:
-        """A number of one domain, `weights`, `served`, `epochs` or a column of losses; nan where unknown."""
-        own = {"weights": self.weights, "served": self.served, "epochs": self.epochs}
-        of_domain: Mapping[str, Any] = self.losses.get(domain, {})
-        found = own[column].get(domain) if column in own else of_domain.get(column)
-        return float(found) if found is not None and math.isfinite(found) else math.nan
+        """A number of one domain, as `column` gives it for many."""
+        return float(self.column(column, [domain])[0])
+
+    @property
+    def without_gap(self) -> frozenset[str]:
+        """Domains whose gap was measured and is no number: a loss that overflowed, or a nan."""
+        gaps = self.column("loss_gap", list(self.losses))
+        return frozenset(name for name, gap in zip(self.losses, gaps, strict=True) if math.isnan(gap))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +84,8 @@ class Story:
     facts: tuple[tuple[str, str], ...]
     """What stands under the title, as (name, value)."""
     domains: tuple[str, ...]
-    """By the last gap, largest first; those without one last; equal ones by name."""
+    """Those whose last gap is not finite, then by the last gap, largest first; those without a last one last;
+    equal ones by name."""
     moments: tuple[Moment, ...]
     """At least one, by step."""
     objective: tuple[tuple[float, float], ...]
@@ -74,6 +96,14 @@ class Story:
     """What the weights are."""
     config: str
     """As YAML."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know of the numbers, a sentence each."""
+    same_text: bool = False
+    """Student and teacher read the same text in tokens of their own (`ddkmix.same_text`)."""
+    _tables: dict[str, Float[np.ndarray, "moments N"]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Columns that have been asked for: a page asks for each many times."""
 
     @property
     def last(self) -> Moment:
@@ -85,13 +115,25 @@ class Story:
         """Optimizer steps taken before each evaluation."""
         return np.array([float(moment.step) for moment in self.moments])
 
-    def over_time(self, column: str, domain: str) -> Float[np.ndarray, " moments"]:
-        """A number of one domain at every evaluation; nan where unknown."""
-        return np.array([moment.value(column, domain) for moment in self.moments])
+    def table(self, column: str) -> Float[np.ndarray, "moments N"]:
+        """A number of every domain, in the order of `domains`, at every evaluation; nan where unknown."""
+        if column not in self._tables:
+            self._tables[column] = np.array([moment.column(column, self.domains) for moment in self.moments])
+        return self._tables[column]
 
-    def gaps(self, moment: Moment) -> Float[np.ndarray, " N"]:
-        """Loss gaps in nats per token, in the order of `domains`; nan where unknown."""
-        return np.array([moment.value("loss_gap", name) for name in self.domains])
+    def over_time(self, column: str, domain: str) -> Float[np.ndarray, " moments"]:
+        """A number of one domain at every evaluation."""
+        return self.table(column)[:, self.domains.index(domain)]
+
+    def now(self, column: str) -> Float[np.ndarray, " N"]:
+        """A number of every domain at the last evaluation."""
+        return self.table(column)[-1]
+
+    def no_gap(self, domain: str) -> str:
+        """Why a domain has no last gap; empty where it has one."""
+        if domain in self.last.without_gap:
+            return "not finite"
+        return "" if domain in self.last.losses else "not measured"
 
 
 def story_of_run(run_dir: Path) -> Story:
@@ -107,7 +149,7 @@ def story_of_run(run_dir: Path) -> Story:
         path = run_dir / "metrics.jsonl"
         lines = list(read_lines(path)) if path.exists() else []
         objective = tuple((float(r["step"]), _number(r["train/objective"])) for r in lines)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (DataError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RunError(f"{path} is damaged or of another version of ddkmix ({reason}).") from None
     done = max([moments[-1].step, *(int(step) for step, _ in objective[-1:])])
@@ -133,19 +175,31 @@ def story_of_run(run_dir: Path) -> Story:
     )
 
 
-def story_of_gaps(losses: DomainLosses, weights: Mapping[str, float], config: RunConfig) -> Story:
+def story_of_gaps(
+    losses: DomainLosses,
+    weights: Mapping[str, float],
+    config: RunConfig,
+    *,
+    references: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    same_text: bool = False,
+) -> Story:
     """One measurement without a run.
 
     Args:
         losses: of the student and its teacher, nats per token.
         weights: the mixture that DDK would set on them, by domain; shares.
         config: what was measured.
+        references: models whose losses the cards gave in the place of a teacher's.
+        notes: what a reader must know of the losses, a sentence each.
+        same_text: whether the two read the same text in tokens of their own.
     """
-    moment = Moment(step=0, losses=losses.to_json(), weights=weights, served={}, epochs={})
+    moment = moment_of(step=0, losses=losses.to_json(), weights=weights, served={}, epochs={})
     student, teacher = config.student, config.teacher.model
     name = student.model or f"{student.init} of {teacher}"
+    against = f"the reference losses of {', '.join(references)}" if references else teacher
     return Story(
-        title=f"{name} against {teacher}",
+        title=f"{name} against {against}",
         status="One measurement on held-out text; nothing was trained.",
         share_done=None,
         facts=(("domains", f"{len(losses.domains):,}"), ("predicted tokens", f"{losses.num_tokens.sum():,}")),
@@ -155,6 +209,33 @@ def story_of_gaps(losses: DomainLosses, weights: Mapping[str, float], config: Ru
         limits={},
         weights_title="DDK weight",
         config=yaml.safe_dump(dump_config(config), sort_keys=False, allow_unicode=True),
+        notes=tuple(notes),
+        same_text=same_text,
+    )
+
+
+def moment_of(
+    *,
+    step: int,
+    losses: Mapping[str, Mapping[str, Any]],
+    weights: Mapping[str, float],
+    served: Mapping[str, float],
+    epochs: Mapping[str, float],
+) -> Moment:
+    """One evaluation, with the intervals that follow from its losses; arguments as in `Moment`.
+
+    Raises:
+        DataError: errors and numbers of rows are not what `DomainLosses.to_json` wrote.
+    """
+    # of gaps of 0, so that neither end is rounded nor spoilt by a loss that is not finite
+    columns = ("gap_error", "effective_rows")
+    centred = {name: {c: row[c] for c in columns if c in row} for name, row in losses.items()}
+    nothing = {"student_loss": 0.0, "teacher_loss": 0.0}
+    known = DomainLosses.from_json({name: {**nothing, **row} for name, row in centred.items()})
+    _, high = known.gap_interval()
+    half_width = dict(zip(known.domains, high.tolist(), strict=True))
+    return Moment(
+        step=step, losses=losses, weights=weights, served=served, epochs=epochs, half_width=half_width
     )
 
 
@@ -162,14 +243,21 @@ def _moment(record: Mapping[str, Any]) -> Moment:
     shares = ({n: float(v) for n, v in record[key].items()} for key in ("weights", "served", "epochs"))
     weights, served, epochs = shares
     losses = {name: dict(row) for name, row in record["losses"].items()}
-    return Moment(step=int(record["step"]), losses=losses, weights=weights, served=served, epochs=epochs)
+    return moment_of(step=int(record["step"]), losses=losses, weights=weights, served=served, epochs=epochs)
 
 
 def _by_gap(moments: Sequence[Moment]) -> tuple[str, ...]:
     """Every domain that was ever in the run."""
-    names = {name for moment in moments for name in moment.losses}
-    last = {name: moments[-1].value("loss_gap", name) for name in names}
-    return tuple(sorted(names, key=lambda name: (math.isnan(last[name]), -np.nan_to_num(last[name]), name)))
+    last = moments[-1]
+    names = sorted({name for moment in moments for name in moment.losses})
+    gaps = dict(zip(names, last.column("loss_gap", names).tolist(), strict=True))
+
+    def place(name: str) -> tuple[int, float, str]:
+        if name in last.without_gap:
+            return 0, 0.0, name
+        return (2, 0.0, name) if math.isnan(gaps[name]) else (1, -gaps[name], name)
+
+    return tuple(sorted(names, key=place))
 
 
 def _status(run_dir: Path, *, done: int, steps: int, measured: int) -> str:

@@ -8,12 +8,14 @@ CSS = """
 :root {
   color-scheme: light dark;
   --page: #fff; --ink: #1b1f24; --soft: #59636e; --line: #d5dae0; --box: #f5f7f9; --bar: #b9d3e6;
+  --shade: #0004;
   --c0: #0072b2; --c1: #c04e00; --c2: #00805c; --c3: #882255;
   --c4: #8a6a00; --c5: #aa4499; --c6: #3a86b8; --c7: #4a4f55;
 }
 @media screen and (prefers-color-scheme: dark) {
   :root {
     --page: #0f1318; --ink: #e6eaee; --soft: #9aa5b1; --line: #323a44; --box: #181e25; --bar: #244a66;
+    --shade: #fff4;
     --c0: #56b4e9; --c1: #ff8f4d; --c2: #2cc295; --c3: #ef7fae;
     --c4: #e6c229; --c5: #d9a0e8; --c6: #8fc7ff; --c7: #c9cfd6;
   }
@@ -30,12 +32,27 @@ p { margin: 0.4rem 0; max-width: 46rem; }
 .soft, figcaption, dt, .caption { color: var(--soft); }
 progress { width: 100%; max-width: 24rem; height: 0.6rem; accent-color: var(--c0); }
 dl {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr));
-  gap: 0.75rem 1.5rem; margin: 1rem 0;
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr));
+  gap: 0.75rem 1rem; margin: 1rem 0;
 }
 dt { font-size: 0.8rem; }
-dd { margin: 0; font-weight: 600; }
-.scroll { overflow-x: auto; max-width: 100%; }
+dd { margin: 0; font-size: 0.85rem; font-weight: 600; }
+@media screen and (min-width: 1100px) {
+  dl { display: flex; }
+  dl div { flex: 0 1 auto; }
+  dl div:first-child { flex: 1 1 8rem; }
+}
+.note { border-left: 3px solid var(--c0); padding-left: 0.6rem; max-width: 60rem; }
+/* a shadow at an edge behind which there is more: the covers move with the table, the shadows do not */
+.scroll {
+  overflow-x: auto; max-width: 100%; background-repeat: no-repeat;
+  background-image: linear-gradient(to right, var(--page) 40%, transparent),
+    linear-gradient(to left, var(--page) 40%, transparent),
+    linear-gradient(to right, var(--shade), transparent), linear-gradient(to left, var(--shade), transparent);
+  background-position: left, right, left, right;
+  background-size: 2.5rem 100%, 2.5rem 100%, 1rem 100%, 1rem 100%;
+  background-attachment: local, local, scroll, scroll;
+}
 .scroll:focus-visible { outline: 2px solid var(--c0); outline-offset: 2px; }
 table {
   border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; min-width: 100%;
@@ -51,6 +68,11 @@ tbody th:first-child { max-width: 9.5rem; overflow: hidden; text-overflow: ellip
 td.text, th.text { text-align: left; }
 td.bar { min-width: 9rem; width: 40%; padding: 0; }
 th.bar { text-align: left; padding: 0; }
+@media screen and (max-width: 600px) {
+  th, td { padding: 0.2rem 0.4rem; }
+  tbody th:first-child { max-width: 6.5rem; }
+  td.bar { min-width: 5.5rem; }
+}
 .charts {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1.25rem 2rem;
 }
@@ -80,7 +102,8 @@ svg .tick { fill: var(--soft); font-size: 10px; }
 .middle { text-anchor: middle; }
 .grid { stroke: var(--line); stroke-width: 1; }
 .axis { stroke: var(--soft); stroke-width: 1; }
-.curves { overflow: visible; }
+.curves, .arrow { overflow: visible; }
+.arrow path { fill: none; stroke-linecap: round; }
 .line, .dots, .bars {
   fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round;
   vector-effect: non-scaling-stroke;
@@ -114,7 +137,7 @@ pre {
   figure, tr { break-inside: avoid; }
   .charts { grid-template-columns: 1fr 1fr; gap: 1rem; }
   .cards { grid-template-columns: repeat(4, 1fr); }
-  .scroll { overflow: visible; }
+  .scroll { overflow: visible; background: none; }
   table { font-size: 6.5pt; }
   th, td { padding: 0.1rem 0.2rem; }
   th:first-child { position: static; }

@@ -18,11 +18,16 @@ class UpdateRow:
 
     step: int
     mean: float
-    """Of the gaps over domains that have one, nats per token."""
+    """Of the gaps over domains, nats per token; nan where one of them has none, since a mean of the others
+    would fall when the worst domain diverges."""
+    with_gap: int
+    """Domains whose gap is finite."""
+    domains: int
+    """Domains that were measured."""
     worst: float
-    """The largest gap, nats per token."""
+    """The largest gap, nats per token; nan where one is not finite."""
     where: str
-    """Its domain."""
+    """Its domain, or the first without a finite gap."""
     moved: float
     """Share of the mixture that changed its domain: half the sum of all changes; nan at the first."""
     gained: str
@@ -32,12 +37,18 @@ class UpdateRow:
     served: float
     """Rows of all domains so far."""
 
+    @property
+    def mean_cell(self) -> str:
+        """The mean, or for how many domains there would be one."""
+        missing = "" if self.with_gap == self.domains else f" ({self.with_gap} of {self.domains} domains)"
+        return digits(self.mean) + missing
+
     def cells(self) -> list[str]:
         """The row as text, in the order of `HEADER`."""
         return [
             f"{self.step:,}",
-            digits(self.mean),
-            digits(self.worst),
+            self.mean_cell,
+            digits(self.worst) if self.with_gap == self.domains else "not finite",
             self.where or "–",
             digits(self.moved),
             self.gained or "–",
@@ -49,21 +60,21 @@ class UpdateRow:
 def update_rows(story: Story) -> list[UpdateRow]:
     """A row for each evaluation; changes are those since the evaluation before."""
     rows = []
-    before: dict[str, float] | None = None
-    for moment in story.moments:
-        gaps = story.gaps(moment)
-        known = np.flatnonzero(np.isfinite(gaps))
-        worst = known[np.argmax(gaps[known])] if len(known) else None
+    before: dict[str, float] = {}
+    for moment, gaps in zip(story.moments, story.table("loss_gap"), strict=True):
+        there = [i for i, name in enumerate(story.domains) if name in moment.losses]
+        finite = np.isfinite(gaps[there])
+        # the first that is not finite, or else the largest
+        worst = there[int(np.argmax(gaps[there]) if finite.all() else np.argmin(finite))] if there else None
         weights = {name: float(weight) for name, weight in moment.weights.items()}
-        change = (
-            {name: weights.get(name, 0.0) - before.get(name, 0.0) for name in sorted({*weights, *before})}
-            if before
-            else {}
-        )
+        names = sorted({*weights, *before}) if before else []
+        change = {name: weights.get(name, 0.0) - before.get(name, 0.0) for name in names}
         rows.append(
             UpdateRow(
                 step=moment.step,
-                mean=float(gaps[known].mean()) if len(known) else np.nan,
+                mean=float(gaps[there].mean()) if there else np.nan,
+                with_gap=int(finite.sum()),
+                domains=len(there),
                 worst=float(gaps[worst]) if worst is not None else np.nan,
                 where=story.domains[worst] if worst is not None else "",
                 moved=sum(map(abs, change.values())) / 2 if change else np.nan,

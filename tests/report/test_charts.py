@@ -126,3 +126,41 @@ def test_points_are_marked_while_they_are_few() -> None:
     for count, marked in ((16, True), (17, False)):
         one = Curve(name="a", xs=np.arange(float(count)), ys=np.ones(count), style=0)
         assert marked == ('class="dots' in time_chart("k", "t", "", [one], zero=True))
+
+
+def test_bars_are_drawn_whole_or_end_in_an_arrow() -> None:
+    """15.2 +- 3.0 at the top is within the frame; on a log scale 1 +- 2 goes on downwards, and says so."""
+    whole = Curve(
+        name="a", xs=np.arange(2.0), ys=np.array([15.2, 10.0]), style=0, errors=np.array([3.0, 3.0])
+    )
+    drawn = time_chart("k", "t", "", [whole], zero=False)
+    assert "arrow" not in drawn
+    (bars,) = re.findall(r'class="bars s0" d="([^"]+)"', drawn)
+    tops = [float(top) for top in re.findall(r"V([\d.]+)", bars)]
+    bottoms = [float(low) for low in re.findall(r"M\d+ ([\d.]+)", bars)]
+    assert 0 < min(tops)
+    assert max(bottoms) < 190
+    lengths = [low - top for low, top in zip(bottoms, tops, strict=True)]
+    assert lengths[0] == pytest.approx(lengths[1], abs=0.2)
+    cut = Curve(name="a", xs=np.arange(2.0), ys=np.array([16.0, 1.0]), style=0, errors=np.array([1.0, 2.0]))
+    assert 1 == time_chart("k", "t", "", [cut], zero=False).count('class="arrow"')
+
+
+def test_many_evaluations_have_bars_at_the_end_only() -> None:
+    """Eight curves with forty bars each are a comb; the last known value keeps its bar."""
+    ys = np.ones(40)
+    ys[-1] = math.nan
+    one = Curve(name="a", xs=np.arange(40.0), ys=ys, style=0, errors=np.full(40, 0.1))
+    (bars,) = re.findall(r'class="bars s0" d="([^"]+)"', time_chart("k", "t", "", [one], zero=False))
+    assert ["M974"] == re.findall(r"M\d+", bars)
+    few = Curve(name="a", xs=np.arange(16.0), ys=np.ones(16), style=0, errors=np.full(16, 0.1))
+    (bars,) = re.findall(r'class="bars s0" d="([^"]+)"', time_chart("k", "t", "", [few], zero=False))
+    assert 16 == bars.count("M")
+
+
+def test_the_last_number_of_steps_ends_where_the_curves_do() -> None:
+    """Behind it stands the word "step"."""
+    one = Curve(name="a", xs=np.array([0.0, 1000.0]), ys=np.ones(2), style=0)
+    drawn = time_chart("k", "t", "", [one], zero=True)
+    assert re.search(r'<text x="68.0%" y="[\d.]+" class="tick end">1000</text>', drawn)
+    assert re.search(r'<text x="12.0%" y="[\d.]+" class="tick middle">0</text>', drawn)

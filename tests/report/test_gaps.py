@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ddkmix.policies.ddk import Ddk
-from ddkmix.report.gaps import ddk_weights, render_gaps, render_table
+from ddkmix.report.gaps import ddk_weights, render_gaps, render_markdown, render_table
 from ddkmix.types import DomainLosses
 from tests.conftest import domain_losses
 
@@ -150,3 +150,21 @@ def test_no_line_ends_in_blanks():
     """A table pasted into a file or an issue is clean."""
     lines = render_gaps(LOSSES, WEIGHTS, "table").splitlines()
     assert lines == [line.rstrip() for line in lines]
+
+
+@pytest.mark.parametrize("place", ["header", "cell", "title"])
+def test_what_steers_a_terminal_is_shown_by_its_number(place):
+    """Names come from other people's files: an escape, a turn of the reading order, the end of a line."""
+    name = "a\u202eb\x1b[31mc\nd"
+    shown = "a\\u202eb\\u001b[31mc\\nd"
+    header, row = (name if place == "header" else "x"), (name if place == "cell" else "y")
+    text = render_table([header], [[row]], name if place == "title" else "t")
+    assert shown in text
+    assert not {"\u202e", "\x1b"} & set(text)
+    assert 4 == len([line for line in text.splitlines() if line])
+
+
+def test_a_bar_in_a_name_ends_no_cell_of_markdown():
+    """As GitHub's Markdown reads it."""
+    lines = render_markdown(["domain", "a|b"], [["x|y\nz\u202e", "1"]]).splitlines()
+    assert ["| domain | a\\|b |", "| --- | ---: |", "| x\\|y\\nz\\u202e | 1 |"] == lines

@@ -61,9 +61,26 @@ def test_a_page_of_ours_is_replaced_and_nothing_else_is(
         main(["show", str(recorded_run), "-o", str(path)])
     capsys.readouterr()
     path.write_text("<!doctype html><title>my thesis</title>")
-    message = f"--output {path} exists and is no page or picture of ddkmix; remove it or choose another name."
+    message = f"--output {path} exists and is no page or picture of ddkmix; replace it with --force, "
     assert message in refused(capsys, "show", str(recorded_run), "-o", str(path))
     assert "my thesis" in path.read_text()
+
+
+def test_text_is_replaced_where_that_is_said(
+    recorded_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """JSON bears no mark of ours; a folder is never replaced."""
+    path = tmp_path / "report.json"
+    main(["show", str(recorded_run), "-o", str(path)])
+    first = path.read_text()
+    capsys.readouterr()
+    assert "--force" in refused(capsys, "show", str(recorded_run), "-o", str(path))
+    path.write_text("old")
+    main(["show", str(recorded_run), "-o", str(path), "--force"])
+    assert first == path.read_text()
+    capsys.readouterr()
+    with_format = ("--format", "json", "--force")
+    assert "is a folder" in refused(capsys, "show", str(recorded_run), "-o", str(tmp_path), *with_format)
 
 
 @pytest.mark.parametrize(

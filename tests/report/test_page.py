@@ -4,15 +4,19 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from ddkmix.config import parse_config
+from ddkmix.config import RunConfig, parse_config
+from ddkmix.report.overview import gap_axis
 from ddkmix.report.page import render_page
-from ddkmix.report.story import story_of_gaps, story_of_run
+from ddkmix.report.story import Story, story_of_gaps, story_of_run
 from ddkmix.tracking import read_lines
+from ddkmix.types import DomainLosses
 from tests.conftest import domain_losses
 from tests.report.conftest import HOSTILE, many
 from tests.report.test_markup import Reader
@@ -135,10 +139,99 @@ def test_a_measurement_without_a_run_is_a_page(tiny_config: Callable[..., dict[s
     assert ["DDK weight"] == header[-1:]
     assert [["b", "0.750"], ["a", "0.250"]] == [[row[0], row[-1]] for row in rows]
     assert "excess" not in header
-    extra = {n: {**row, "excess_loss": 0.125} for n, row in story.last.losses.items()}
-    object.__setattr__(story.last, "losses", extra)
-    header, first, _ = cells(render_page(story))
+    losses = replace(domain_losses([0.5, 2.0]), excess_loss=np.array([0.25, 0.125]))
+    header, first, _ = cells(render_page(story_of_gaps(losses, {"a": 0.25, "b": 0.75}, config)))
     assert "0.125" == first[header.index("excess")]
+
+
+def measured(config: RunConfig, gaps: list[float], errors: list[float], rows: list[float]) -> Story:
+    """One measurement with these errors and numbers of rows."""
+    losses = domain_losses(gaps)
+    losses = replace(losses, gap_error=np.array(errors), effective_rows=np.array(rows))
+    return story_of_gaps(losses, dict.fromkeys(losses.domains, 1 / len(gaps)), config)
+
+
+def test_whiskers_are_the_intervals_of_the_losses(tiny_config: Callable[..., dict[str, Any]]) -> None:
+    """Of four rows, each 3.18 standard errors long, where the axis says and as the column does."""
+    story = measured(parse_config(tiny_config(), where="test"), [1.0, 2.0], [0.1, 0.2], [4.0, 4.0])
+    axis = gap_axis(story)
+    assert not axis.log
+    whole = render_page(story)
+    ends = re.findall(r'x1="([\d.]+)%" x2="([\d.]+)%" y1="10" y2="10" class="whisker"', whole)
+    low, high = DomainLosses.from_json(story.last.losses).gap_interval()
+    assert 2 == len(ends)
+    for found, i in zip(ends, (1, 0), strict=True):
+        expected = [4 + 92 * (end - axis.low) / (axis.high - axis.low) for end in (low[i], high[i])]
+        assert expected == pytest.approx([float(end) for end in found], abs=0.01)
+    header, b, a = cells(whole)
+    assert ["0.636", "0.318"] == [row[header.index("±")] for row in (b, a)]
+    assert "arrow" not in whole.replace(".arrow", "").replace("an arrow", "")
+
+
+def test_an_interval_of_hardly_more_than_one_row_is_cut(tiny_config: Callable[..., dict[str, Any]]) -> None:
+    """+- 76,885: the other bars keep their room, the whiskers end in arrows and the number is there."""
+    story = measured(parse_config(tiny_config(), where="test"), [1.0, 2.0], [0.1, 0.1], [64.0, 1.2])
+    assert gap_axis(story).high < 5
+    whole = render_page(story)
+    assert 2 == whole.count('class="arrow"')
+    header, b, _ = cells(whole)
+    assert "7.69e+04" == b[header.index("±")]
+
+
+def test_gaps_of_next_to_nothing_keep_their_intervals(tiny_config: Callable[..., dict[str, Any]]) -> None:
+    """0.01 +- 0.05 is not cut at 0.02."""
+    story = measured(parse_config(tiny_config(), where="test"), [0.01, -0.01], [0.025, 0.025], [64.0, 64.0])
+    assert 'class="arrow"' not in render_page(story)
+
+
+@pytest.mark.parametrize("same_text", [False, True])
+def test_a_measurement_says_what_its_numbers_are(
+    tiny_config: Callable[..., dict[str, Any]], same_text: bool
+) -> None:
+    """Notes stand before the numbers, and whether bits per byte hold the separators' nats."""
+    losses, config = domain_losses([0.5, 2.0]), parse_config(tiny_config(), where="test")
+    losses = replace(losses, num_bytes=np.array([400, 400]))
+    notes = ("Different tokenizers <b>.",)
+    weights = {"a": 0.5, "b": 0.5}
+    whole = render_page(story_of_gaps(losses, weights, config, notes=notes, same_text=same_text))
+    assert '<p class="note">Different tokenizers &lt;b&gt;.</p>' in whole
+    assert same_text == ("without the nats of separators" in whole)
+    assert same_text != ("the nats of separators between documents counted in" in whole)
+
+
+def test_what_was_measured_beside_the_losses_is_told_over_time(recorded_copy: Path) -> None:
+    """Charts and tables of excess loss and KL where they were measured, and bits per byte; else nothing."""
+    assert "KL(" not in page(recorded_copy)
+    records = list(read_lines(recorded_copy / "intervals.jsonl"))
+    for i, record in enumerate(records):
+        for row in record["losses"].values():
+            row |= {"excess_loss": 0.5 + i, "forward_kl": 0.25 + i}
+    (recorded_copy / "intervals.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    whole = page(recorded_copy)
+    assert ["code", "0.500", "1.500", "2.500", "3.500"] in cells(whole)
+    assert ["code", "0.250", "1.250", "2.250", "3.250"] in cells(whole)
+    assert 'id="excess-t"' in whole
+    assert 'id="kl-t"' in whole
+    bits = [f"{r['losses']['math']['student_bits_per_byte']:.3f}" for r in records]
+    assert ["math", *bits] in cells(whole)
+
+
+def test_a_domain_that_diverged_stands_first(recorded_copy: Path) -> None:
+    """No mean over the others, in the head and in the history; no bar and no invented interval."""
+    records = list(read_lines(recorded_copy / "intervals.jsonl"))
+    records[-1]["losses"]["code"] |= {"loss_gap": None, "gap_error": None, "student_loss": None}
+    (recorded_copy / "intervals.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    whole = page(recorded_copy)
+    assert ["code", "", "not finite", "–"] == cells(whole)[1][:4]
+    assert ["12", "– (2 of 3 domains)", "not finite", "code"] in [row[:4] for row in cells(whole)]
+    assert "<span>not finite</span>" in whole
+    assert "– ±" not in whole
+
+
+def test_many_domains_are_folded_away_and_told_in_time(retold: Retold) -> None:
+    """Cards of more than sixty; each column of numbers is put together once."""
+    assert "Charts of 60 domains" not in page(retold(many(60)))
+    assert "<summary>Charts of 61 domains</summary>" in page(retold(many(61)))
 
 
 def test_every_table_scrolls_by_itself_and_every_chart_is_described(recorded_run: Path) -> None:

@@ -1,12 +1,15 @@
 """The page opened by a real browser: nothing runs, nothing is asked for, nothing runs over the edge."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ddkmix.report.page import render_page
 from ddkmix.report.story import story_of_run
+from ddkmix.types import DomainLosses
 from tests.report.browser import NAMES, Browser, find_chromium
 from tests.report.conftest import HOSTILE, many
 
@@ -31,6 +34,35 @@ def page_of(run: Path) -> Path:
     path = run / "report.html"
     path.write_text(render_page(story_of_run(run)), encoding="utf-8")
     return path
+
+
+TEXTS = """
+[...document.querySelectorAll('svg.chart, svg.small')].map(svg => ({
+  box: svg.getBoundingClientRect().toJSON(),
+  texts: [...svg.querySelectorAll('text')].map(x => [x.textContent, x.getBoundingClientRect().toJSON()]),
+})).filter(drawn => drawn.box.width > 0)
+"""
+Box = dict[str, float]
+
+
+def overlap(a: Box, b: Box) -> bool:
+    """Whether two texts lie over each other; letters do not fill the two pixels at the edges of their box."""
+    across = min(a["right"], b["right"]) - max(a["left"], b["left"])
+    return across > 0 and min(a["bottom"], b["bottom"]) - max(a["top"], b["top"]) > 4
+
+
+def check_texts(browser: Browser) -> None:
+    """Within their drawing, and none over another."""
+    drawings = browser.ask(TEXTS)
+    assert drawings
+    for drawn in drawings:
+        frame = drawn["box"]
+        for i, (words, box) in enumerate(drawn["texts"]):
+            assert frame["left"] - 1 <= box["left"], words
+            assert box["right"] <= frame["right"] + 1, words
+            assert frame["top"] - 3 <= box["top"], words
+            assert box["bottom"] <= frame["bottom"] + 3, words
+            assert [] == [other for other, place in drawn["texts"][:i] if overlap(box, place)], words
 
 
 def opened(browser: Browser, path: Path, *, width: int, dark: bool = False) -> None:
@@ -60,6 +92,52 @@ def test_a_page_opens_on_a_phone_and_on_a_screen(
     assert ("Finished: 12 steps." if finished else "Not finished: step 10 of 12") in status
     widths = "[...document.querySelectorAll('svg.chart')].map(x => x.getBoundingClientRect().width)"
     assert min(browser.ask(widths)) > 300
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+@pytest.mark.parametrize("names", [HOSTILE, many(9)], ids=["3 hostile names", "9 domains"])
+def test_numbers_and_names_in_charts_lie_beside_each_other(
+    browser: Browser, retold: Retold, names: Sequence[str], width: int
+) -> None:
+    """Of a long run as well, whose steps are numbers of four digits and more."""
+    run = retold(names)
+    for file in ("intervals.jsonl", "metrics.jsonl"):
+        records = [json.loads(line) for line in (run / file).read_text().splitlines()]
+        lines = [json.dumps({**record, "step": record["step"] * 2500 // 3}) for record in records]
+        (run / file).write_text("\n".join(lines) + "\n")
+    opened(browser, page_of(run), width=width)
+    check_texts(browser)
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_whiskers_are_as_long_as_the_intervals(browser: Browser, retold: Retold, width: int) -> None:
+    """On the screen: bars and whiskers in pixels are to each other as gaps and intervals."""
+    run = retold(many(3))
+    story = story_of_run(run)
+    opened(browser, page_of(run), width=width)
+    measured = browser.ask(
+        "[...document.querySelectorAll('tbody svg.gap')].map(svg => ["
+        "svg.querySelector('.bar').getBoundingClientRect().width,"
+        "svg.querySelector('.whisker').getBoundingClientRect().width])"
+    )
+    gaps = np.abs(story.now("loss_gap"))
+    low, high = DomainLosses.from_json(story.last.losses).gap_interval()
+    intervals = sorted((high - low).tolist())  # by name there, by gap here
+    assert not browser.ask("document.querySelectorAll('.arrow').length")
+    scale = measured[0][0] / gaps[0]
+    assert [bar for bar, _ in measured] == pytest.approx((scale * gaps).tolist(), abs=1)
+    assert sorted(whisker for _, whisker in measured) == pytest.approx(
+        [scale * whole for whole in intervals], abs=1.5
+    )
+
+
+def test_a_table_that_goes_on_says_so(browser: Browser, retold: Retold) -> None:
+    """On a phone: three numbers and a shadow at the edge, which paper does not need."""
+    opened(browser, page_of(retold(many(3))), width=390)
+    shadow = "getComputedStyle(document.querySelector('.scroll')).backgroundAttachment"
+    assert "local, local, scroll, scroll" == browser.ask(shadow)
+    shown = "[...document.querySelector('tbody tr').children].map(x => x.getBoundingClientRect().right)"
+    assert 4 <= sum(right <= 390 for right in browser.ask(shown))
 
 
 def test_a_page_prints(browser: Browser, retold: Retold) -> None:

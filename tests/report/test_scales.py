@@ -8,18 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddkmix.report.scales import axis_over, binned, digits, short, spread, thinned
+from ddkmix.report.scales import axis_over, binned, digits, plus_minus, short, spread, thinned
 
 FINITE = st.floats(-1e9, 1e9, allow_nan=False)
 
 
 def test_an_axis_holds_its_values_and_round_ticks() -> None:
-    """0.3 to 2.1: half steps; the ends are 4 % outside."""
-    axis = axis_over([2.1, 0.3, math.nan, math.inf])
+    """0.5 to 2.1, not five times as much: half steps; the ends are 4 % outside."""
+    axis = axis_over([2.1, 0.5, math.nan, math.inf])
     assert (0.5, 1.0, 1.5, 2.0) == axis.ticks
-    assert [0.3 - 0.072, 2.1 + 0.072] == pytest.approx([axis.low, axis.high])
+    assert [0.5 - 0.064, 2.1 + 0.064] == pytest.approx([axis.low, axis.high])
     assert not axis.log
-    assert 0.5 == pytest.approx(axis.at(1.2))
+    assert 0.5 == pytest.approx(axis.at(1.3))
 
 
 def test_a_wide_range_of_positive_values_is_logarithmic() -> None:
@@ -40,8 +40,10 @@ def test_other_ranges_are_linear(values: list[float]) -> None:
 
 
 def test_shares_counts_and_steps_are_linear_from_their_own_ends() -> None:
-    """Weights from 0; steps from the first to the last."""
+    """Weights from 0; gaps of students that are ahead up to 0; steps from the first to the last."""
     assert 0.0 == axis_over([0.9, 0.001], zero=True).low
+    behind = axis_over([-0.3, -0.1], zero=True)
+    assert [-0.312, 0.0] == pytest.approx([behind.low, behind.high])
     steps = axis_over([1.0, 400.0], tight=True)
     assert (1.0, 400.0, False) == (steps.low, steps.high, steps.log)
 
@@ -67,6 +69,36 @@ def test_every_value_has_its_place(values: list[float], zero: bool, tight: bool)
     assert len(axis.ticks) <= 15
     slack = 1e-9 * max(abs(axis.low), abs(axis.high))
     assert all(axis.low - slack <= tick <= axis.high + slack for tick in axis.ticks)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_many_places_are_those_of_each(log: bool) -> None:
+    """Below and above the axis its ends; nan stays nan."""
+    axis = axis_over([1.0, 16.0 if log else 4.0])
+    assert log == axis.log
+    values = [-1.0, 0.0, 1.0, 2.0, 3.5, 99.0]
+    assert [axis.at(value) for value in values] == axis.places(np.array(values)).tolist()
+    share = (math.log(2 / axis.low) / math.log(axis.high / axis.low)) if log else (2 - axis.low) / 3.24
+    assert [0.0, share, 1.0] == pytest.approx([axis.at(0.0), axis.at(2.0), axis.at(99.0)])
+
+
+def test_an_axis_holds_intervals_too() -> None:
+    """15.2 +- 3.0 ends at 18.2; on a logarithmic axis ends of 0 and less do not count."""
+    assert 18.2 <= axis_over([15.2, 10.0], ends=[12.2, 18.2, 7.0, 13.0]).high
+    assert 7.0 >= axis_over([15.2, 10.0], ends=[12.2, 18.2, 7.0, 13.0]).low
+    log = axis_over([16.0, 1.0], ends=[18.0, -3.0, 0.9])
+    assert log.log
+    assert [0.9 / 1.15, 18.0 * 1.15] == pytest.approx([log.low, log.high])
+
+
+def test_an_interval_without_bounds_does_not_hide_the_values() -> None:
+    """Ends beyond twice the largest value, or as far as is said, and below half the smallest on a logarithmic
+    axis: it is as if they were not there."""
+    wild = [-7e4, 7e4, -math.inf, math.inf, math.nan, -1.1, 1.1]
+    assert axis_over([0.5, 0.4]) == axis_over([0.5, 0.4], ends=wild)
+    assert axis_over([0.5, 0.4, -0.2, 0.8]) == axis_over([0.5, 0.4], ends=[*wild, -0.2, 0.8], reach=0.8)
+    assert 1.1 <= axis_over([0.5, 0.4], ends=wild, reach=1.1).high
+    assert axis_over([16.0, 1.0]) == axis_over([16.0, 1.0], ends=[1e-9, 0.4, 7e4])
 
 
 def test_what_is_no_number_has_no_place() -> None:
@@ -118,3 +150,8 @@ def test_numbers_are_short_on_axes_and_exact_in_tables() -> None:
         digits(math.nan),
         digits(math.inf),
     ]
+
+
+def test_half_an_interval_is_readable_however_wide() -> None:
+    """Three digits; 76885.1 is no number of 5 digits and a point."""
+    assert ["0.0123", "7.69e+04", "∞", "–"] == [plus_minus(v) for v in (0.01234, 76885.1, math.inf, math.nan)]

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 from ddkmix.checkpoint import read_run_config
 from ddkmix.config import parse_config
 from ddkmix.errors import RunError
-from ddkmix.report.story import Moment, story_of_gaps, story_of_run
+from ddkmix.report.story import moment_of, story_of_gaps, story_of_run
 from ddkmix.tracking import read_lines
+from ddkmix.types import DomainLosses
 from tests.conftest import domain_losses
 from tests.report.conftest import HOSTILE, many
 
@@ -75,14 +77,15 @@ def edit(run: Path, change: Callable[[dict[str, Any]], None], line: int = -1) ->
 
 
 def test_numbers_that_are_not_known_are_nan(recorded_copy: Path) -> None:
-    """null, NaN and Infinity alike; a domain without a last gap stands last."""
+    """null, NaN and Infinity alike; a domain whose last gap is not finite stands first."""
 
     def spoil(record: dict[str, Any]) -> None:
         record["losses"]["code"] |= {"loss_gap": None, "gap_error": math.nan, "perplexity_ratio": math.inf}
 
     edit(recorded_copy, spoil)
     story = story_of_run(recorded_copy)
-    assert "code" == story.domains[-1]
+    assert "code" == story.domains[0]
+    assert ["not finite", "", ""] == [story.no_gap(name) for name in story.domains]
     for column in ("loss_gap", "gap_error", "perplexity_ratio", "no_such_column"):
         assert math.isnan(story.last.value(column, "code"))
     assert np.isfinite(story.over_time("loss_gap", "code")[:-1]).all()
@@ -98,6 +101,7 @@ def test_domains_may_come_and_go(recorded_copy: Path) -> None:
     edit(recorded_copy, rename)
     story = story_of_run(recorded_copy)
     assert {"code", "math", "prose", "songs"} == set(story.domains)
+    assert ("code", "not measured") == (story.domains[-1], story.no_gap("code"))
     assert [True, True, True, False] == np.isnan(story.over_time("weights", "songs")).tolist()
     assert [False, False, False, True] == np.isnan(story.over_time("served", "code")).tolist()
 
@@ -143,7 +147,7 @@ def test_a_folder_that_is_no_run_and_one_without_evaluations_are_refused(
 def test_sixty_domains_keep_their_own_numbers(retold: Retold) -> None:
     """The largest gap first; equal ones by name."""
     story = story_of_run(retold(many(60)))
-    gaps = story.gaps(story.last)
+    gaps = story.now("loss_gap")
     assert 60 == len(story.domains)
     assert sorted(gaps.tolist(), reverse=True) == gaps.tolist()
 
@@ -161,5 +165,44 @@ def test_one_measurement_is_a_story_without_time(recorded_run: Path) -> None:
 
 def test_a_column_of_losses_never_answers_for_weights() -> None:
     """Empty weights are unknown, whatever else has that name."""
-    moment = Moment(step=0, losses={"a": {"weights": 5.0}}, weights={}, served={}, epochs={})
+    moment = moment_of(step=0, losses={"a": {"weights": 5.0}}, weights={}, served={}, epochs={})
     assert math.isnan(moment.value("weights", "a"))
+
+
+@pytest.mark.parametrize("effective_rows", [[4.0, 64.0], None])
+def test_intervals_are_those_of_the_losses(recorded_run: Path, effective_rows: list[float] | None) -> None:
+    """`gap_interval` itself: with 4 rows 3.18 standard errors on each side, and not 1.96."""
+    losses = domain_losses([0.5, 2.0])
+    rows = None if effective_rows is None else np.array(effective_rows)
+    losses = replace(losses, gap_error=np.array([0.1, 0.2]), effective_rows=rows)
+    config = parse_config(read_run_config(recorded_run), where="test")
+    story = story_of_gaps(losses, {"a": 0.25, "b": 0.75}, config)
+    low, high = losses.gap_interval()
+    expected = dict(zip(losses.domains, (high - low) / 2, strict=True))
+    assert [expected[name] for name in story.domains] == pytest.approx(story.now("half_width").tolist())
+    quantile = 3.1824 if effective_rows else 1.96
+    assert quantile * 0.1 == pytest.approx(story.last.value("half_width", "a"), rel=1e-3)
+
+
+def test_the_intervals_of_a_run_are_those_of_every_evaluation(recorded_run: Path) -> None:
+    """Each by the rows that it rested on."""
+    story = story_of_run(recorded_run)
+    for record, found in zip(
+        read_lines(recorded_run / "intervals.jsonl"), story.table("half_width"), strict=True
+    ):
+        losses = DomainLosses.from_json(record["losses"])
+        low, high = losses.gap_interval()
+        order = [losses.domains.index(name) for name in story.domains]
+        assert ((high - low) / 2)[order].tolist() == pytest.approx(found.tolist())
+        assert losses.effective_rows is not None
+
+
+def test_a_gap_to_the_cards_names_their_models(recorded_run: Path) -> None:
+    """Without --teacher the config's teacher is the student itself, which nobody compared it with."""
+    config = parse_config(read_run_config(recorded_run), where="test")
+    weights = {"a": 0.25, "b": 0.75}
+    story = story_of_gaps(
+        domain_losses([0.5, 2.0]), weights, config, references=("big", "bigger"), notes=("It is so.",)
+    )
+    assert story.title.endswith(" against the reference losses of big, bigger")
+    assert ("It is so.",) == story.notes

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ddkmix.report.story import Moment, Story
+from ddkmix.report.story import Moment, Story, moment_of
 from ddkmix.report.updates import HEADER, update_rows
 
 
@@ -29,7 +29,7 @@ def story_with(*moments: Moment) -> Story:
 def moment(step: int, gaps: dict[str, float | None], weights: dict[str, float], **others: Any) -> Moment:
     """An evaluation."""
     losses = {name: {"loss_gap": gap} for name, gap in gaps.items()}
-    return Moment(step=step, losses=losses, weights=weights, served=others.get("served", {}), epochs={})
+    return moment_of(step=step, losses=losses, weights=weights, served=others.get("served", {}), epochs={})
 
 
 def test_an_update_is_told_in_a_line() -> None:
@@ -59,12 +59,29 @@ def test_domains_that_come_bring_their_weight_and_a_hyphen_is_no_minus() -> None
     assert ["0.400", "c +0.400", "a-b −0.400"] == update_rows(story)[1].cells()[4:7]
 
 
-def test_unknown_gaps_are_left_out_of_the_mean() -> None:
-    """One known gap is the mean and the worst; none at all is a dash."""
-    story = story_with(
-        moment(0, {"a": None, "b": 2.0}, {"a": 1.0}), moment(1, {"a": None, "b": None}, {"a": 1.0})
+def test_a_domain_that_diverges_does_not_improve_the_mean() -> None:
+    """Gaps 5 and 2, then not finite and 2: no mean of 2 and no worst gap of 2 but a hole, and how many."""
+    weights = {"a": 0.5, "b": 0.5}
+    before, after, none = update_rows(
+        story_with(
+            moment(0, {"a": 5.0, "b": 2.0}, weights),
+            moment(1, {"a": None, "b": 2.0}, weights),
+            moment(2, {"a": None, "b": None}, weights),
+        )
     )
-    one, none = update_rows(story)
-    assert (2.0, 2.0, "b") == pytest.approx((one.mean, one.worst, one.where))
-    assert math.isnan(none.mean)
-    assert ["–", "–", "–"] == none.cells()[1:4]
+    assert (3.5, 5.0, "a") == pytest.approx((before.mean, before.worst, before.where))
+    assert math.isnan(after.mean)
+    assert math.isnan(after.worst)
+    assert ["– (1 of 2 domains)", "not finite", "a"] == after.cells()[1:4]
+    assert ["– (0 of 2 domains)", "not finite", "a"] == none.cells()[1:4]
+
+
+def test_the_mean_is_over_the_domains_of_that_step() -> None:
+    """c came later: it is missing at first, not without a gap."""
+    first, second = update_rows(
+        story_with(
+            moment(0, {"a": 1.0, "b": 2.0}, {"a": 1.0}), moment(1, {"a": 1.0, "b": 2.0, "c": 6.0}, {"a": 1.0})
+        )
+    )
+    assert (1.5, 3.0) == (first.mean, second.mean)
+    assert ["3.000", "6.000", "c"] == second.cells()[1:4]
