@@ -210,7 +210,7 @@ def _labels(curves: Sequence[Curve], y: Axis) -> list[Html]:
         known = curve.ys[np.isfinite(curve.ys)]
         if len(known):
             ended.append((curve, _TOP + _HEIGHT * (1 - y.at(float(known[-1])))))
-    places = spread([end for _, end in ended], apart=14.0, low=_TOP + 4, high=_TOP + _HEIGHT)
+    places = spread([end for _, end in ended], apart=14.0, low=_TOP + 4, high=_TOP + _HEIGHT - 4)
     parts = []
     for (curve, end), place in zip(ended, places, strict=True):
         style = f"line s{curve.style}"

@@ -12,7 +12,7 @@ import numpy as np
 
 from ddkmix.report.charts import STYLES, Curve
 from ddkmix.report.overview import gap_axis
-from ddkmix.report.scales import Axis, axis_over, binned, thinned
+from ddkmix.report.scales import Axis, axis_over, binned, short, thinned
 from ddkmix.report.story import Story
 from ddkmix.report.updates import update_rows
 
@@ -124,6 +124,8 @@ def _over_time(part: Any, story: Story) -> None:
                 _bars(axes, curve, axis, _COLOURS[i])
             axes.set_ylim(axis.low, axis.high)
         _finish(axes, title, log=log)
+        if column == "served":
+            axes.yaxis.set_major_formatter(lambda value, _: short(value))  # 1000000 has no room
     _legend(cells[0])
     rows = update_rows(story)
     log = axis_over([v for row in rows for v in (row.worst, row.mean)]).log

@@ -39,8 +39,9 @@ dt { font-size: 0.8rem; }
 dd { margin: 0; font-size: 0.85rem; font-weight: 600; }
 @media screen and (min-width: 1100px) {
   dl { display: flex; }
-  dl div { flex: 0 1 auto; }
+  dl div { flex: none; }
   dl div:first-child { flex: 1 1 8rem; }
+  dl div:last-child { flex: 0 1 auto; min-width: 0; }
 }
 .note { border-left: 3px solid var(--c0); padding-left: 0.6rem; max-width: 60rem; }
 /* a shadow at an edge behind which there is more: the covers move with the table, the shadows do not */
