@@ -3,6 +3,7 @@
     RUN/config.yaml versions.json            what runs
     RUN/metrics.jsonl intervals.jsonl        what happened; the same after any interruption
     RUN/timings.jsonl                        how fast; never the same twice
+    RUN/tracker_id                           what experiment trackers know it by, where there are some
     RUN/checkpoints/step-000040/             parameters, optimizer and random state (Accelerate), state.json
     RUN/student/                             the result, written last
 
