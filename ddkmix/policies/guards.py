@@ -37,8 +37,8 @@ class Guarded:
 
     The first is kept by the first mixture too, which is the policy's own, projected. w keeps all three, so
     there always is such a mixture. se(p) is `gap_error` carried through the policy's update by differences
-    (the delta method); a share whose move is within `evidence` standard errors stays exactly as it is. It does
-    not act on a policy that weighs the errors itself (`marginal_gain`, which then decides what is noise). A
+    (the delta method); a share whose move is within `evidence` standard errors stays exactly as it is. It
+    does not act on a policy that weighs the errors itself (`marginal_gain`, which decides what is noise). A
     floor or cap that is not set spares what already lies outside in the corpus, natural weights: it bounds by
     these instead. It does not bound a policy that never moves. The first `warmup_intervals` updates return w,
     which the policy inside does not know. Where a domain is at its `max_epochs`, the planner shares its

@@ -43,7 +43,9 @@ TABLES = {
 @pytest.fixture
 def run_dir(tmp_path):
     """A run directory with two evaluations."""
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"run_dir": str(tmp_path)}))
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({"run_dir": str(tmp_path), "trainer": {"steps": 80}})
+    )
     lines = JsonLines(tmp_path / "intervals.jsonl")
     for line in RECORDS:
         lines.append(line)

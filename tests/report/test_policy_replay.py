@@ -131,7 +131,7 @@ def test_other_domains_begin_anew(tmp_path: Path) -> None:
     natural = dict.fromkeys(three, 1 / 3)
     later |= {
         "losses": domain_losses([1.0, 2.0, 3.0], domains=three).to_json(),
-        "served": dict.fromkeys(three, 1),
+        **{name: dict.fromkeys(three, 1) for name in ("weights", "served", "epochs")},
         "policy": {"mixture_weights": [0.2, 0.2, 0.6]},
         "natural": natural,
     }
