@@ -39,7 +39,7 @@ def _object(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 def _damaged(path: Path, number: int, reason: str) -> RunError:
     return RunError(
-        f"{path} is damaged or of another version of ddkmix (line {number}: {reason}); mend or remove that line."
+        f"{path} is damaged or of another version of ddkmix (line {number}: {reason}); mend or remove it."
     )
 
 

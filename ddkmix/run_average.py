@@ -25,8 +25,8 @@ def average_weights(run_dir: str | Path) -> dict[str, float]:
 
     These are the weights that were set, of `intervals.jsonl`, from the first on: with their floors, caps and
     limits of epochs. It is the control of Velocitune (arXiv 2411.14318). A run that is still going on counts
-    until its last evaluation. `ddkmix show RUN` prints the first kind; a config that takes an average says which
-    in `policy.averaged_from`.
+    until its last evaluation. `ddkmix show RUN` prints the first kind; a config that takes an average
+    says which in `policy.averaged_from`.
 
         average_weights("runs/ddk")  # {'code': 0.31, 'prose': 0.69}
 

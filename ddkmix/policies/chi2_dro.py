@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import Field
 
+from ddkmix.policies.signal import MeasuredSignal, columns_of, signal_of
 from ddkmix.policies.update import Start, start_weights
 from ddkmix.types import DomainLosses
 
@@ -52,16 +53,27 @@ class Chi2Dro:
     """No domain falls below this factor of its prior, m (before normalisation)."""
     floor_at_least_prior: bool = True
     """Whether every share is lifted to the smallest share of the prior, as in the code."""
+    signal: MeasuredSignal = "loss_gap"
+    """The d of the equations: `loss_gap` as published, or another of `Signal` of one evaluation."""
     prior: Start = "natural"
     """Centre of the ball and mixture of the first interval: the corpus as it is, or uniform."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What an evaluator must measure beside the losses: `excess_loss`, `forward_kl`, or nothing."""
+        return columns_of(self.signal)
 
     def init(self, losses: DomainLosses, natural_weights: Float[np.ndarray, " N"]) -> dict[str, Any]:
         """The prior.
 
         Args:
-            losses: not looked at.
+            losses: those of the untrained student; only looked at for the signal to be there.
             natural_weights: shares of the corpus as it is; sum to 1.
+
+        Raises:
+            ConfigError: the signal is of something that nobody has measured.
         """
+        signal_of(self.signal, losses)  # better now than after the first interval
         prior = start_weights(self.prior, natural_weights).tolist()
         return {"prior": prior, "mixture_weights": prior}
 
@@ -73,7 +85,9 @@ class Chi2Dro:
             losses: those at the end of the last interval, nats per token.
         """
         prior = np.array(state["prior"])
-        weights = worst_mixture(prior, losses.loss_gap, radius=self.radius, min_ratio=self.min_ratio)
+        weights = worst_mixture(
+            prior, signal_of(self.signal, losses), radius=self.radius, min_ratio=self.min_ratio
+        )
         if self.floor_at_least_prior:
             weights = np.maximum(weights, prior.min())
         return {"prior": state["prior"], "mixture_weights": (weights / weights.sum()).tolist()}

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from pydantic import Field
 
 from ddkmix.policies.signal import measured
-from ddkmix.policies.update import Start, exponentiated_update, finite_logs, start_weights
+from ddkmix.policies.update import LARGEST_STEP_SIZE, Start, exponentiated_update, finite_logs, start_weights
 from ddkmix.types import DomainLosses
 
 
@@ -51,7 +51,7 @@ class Doremi:
 
     needs: ClassVar[frozenset[str]] = frozenset({"excess_loss"})
     """What an evaluator must measure beside the losses."""
-    step_size: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    step_size: Annotated[float, Field(gt=0, le=LARGEST_STEP_SIZE)] = 1.0
     """The factor eta of the excess in the exponent."""
     uniform_mix: Annotated[float, Field(ge=0, le=1)] = 1e-3
     """Share of the mixture that stays uniform, the paper's c."""

@@ -20,6 +20,7 @@ from ddkmix.errors import RunError
 from ddkmix.overrides import Tree, apply_override
 from ddkmix.policies import PolicyState, WeightPolicy, next_state, policy_of
 from ddkmix.policies.guards import Guarded, guarded
+from ddkmix.policies.protocol import at_interval
 from ddkmix.report.gaps import Format, render_markdown, render_table
 from ddkmix.report.history import read_intervals
 from ddkmix.types import DomainLosses
@@ -85,7 +86,9 @@ def replay_policy(run_dir: Path, name: str | None = None, overrides: Sequence[st
         whole = override.startswith(("guards.", "guards=", "policy.")) or "=" not in override
         apply_override(tree, override if whole else f"policy.{override}")
     read_average(tree, where="the options")
-    policy = guarded(policy_of(tree["policy"]), tree["guards"])
+    interval = (config.get("mixture") or {}).get("interval_steps")
+    asked = policy_of(tree["policy"])
+    policy = guarded(asked if interval is None else at_interval(asked, int(interval)), tree["guards"])
     anew, notes = (_changes(run_dir, config) if name is None else frozenset()), []
     if anew:
         steps = ", ".join(map(str, sorted(anew)))
@@ -151,8 +154,8 @@ def _by_domain(
         return np.array([float(column[domain]) for domain in domains])
     except (KeyError, TypeError, ValueError):
         raise RunError(
-            f"intervals.jsonl at step {record['step']}: {name} is not a number for each of {list(domains)}; the "
-            "record is damaged or of another version of ddkmix."
+            f"intervals.jsonl at step {record['step']}: {name} is not a number for each of "
+            f"{list(domains)}; the record is damaged or of another version of ddkmix."
         ) from None
 
 
