@@ -162,7 +162,7 @@ def train(
     """Distil: measure the gaps, follow them with the mixture, save the student."""
     if allow_changes and not resume:
         raise ConfigError("--allow-changes is for --resume; a new run has nothing to differ from.")
-    run = _load(config, overrides)
+    run = _load(config, overrides, resume=resume)
     from ddkmix.options import quiet_libraries
     from ddkmix.report.gaps import print_gaps
     from ddkmix.setup import train as train_run
@@ -240,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
 
 
-def _load(config: Path, overrides: Sequence[str] | None) -> Any:
+def _load(config: Path, overrides: Sequence[str] | None, *, resume: bool = False) -> Any:
     from ddkmix.config import load_config
 
-    return load_config(config, overrides or [])
+    return load_config(config, overrides or [], resume=resume)

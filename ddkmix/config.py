@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ddkmix.errors import ConfigError
 from ddkmix.overrides import apply_override, read_yaml
-from ddkmix.run_average import average_weights
+from ddkmix.run_average import average_of_run
 from ddkmix.sections import (
     NAME,
     Capture,
@@ -143,7 +143,7 @@ class RunConfig(Section):
         return self
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path, overrides: Sequence[str] = (), *, resume: bool = False) -> RunConfig:
     """Read a YAML config and apply `key=value` overrides.
 
         load_config(Path("configs/quickstart.yaml"), ["trainer.steps=20", "policy.uniform_mix=0.3"])
@@ -151,6 +151,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Args:
         path: the YAML file.
         overrides: dotted keys with YAML values, applied in order.
+        resume: `run_dir` holds the run already; an average of another run that it began with is taken from
+            there, whatever has become of the other run.
 
     Raises:
         ConfigError: the file, a key or a value is wrong; the message names it and the rule.
@@ -164,10 +166,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} cannot be read as YAML: {error}.") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__}; a config is a mapping of sections.")
-    return parse_overrides(tree, overrides, where=str(path))
+    return parse_overrides(tree, overrides, where=str(path), resume=resume)
 
 
-def parse_overrides(tree: dict[str, Any], overrides: Sequence[str], *, where: str) -> RunConfig:
+def parse_overrides(
+    tree: dict[str, Any], overrides: Sequence[str], *, where: str, resume: bool = False
+) -> RunConfig:
     """A config tree with `key=value` overrides on top, checked, and with the average of another run read.
 
     Raises:
@@ -179,15 +183,24 @@ def parse_overrides(tree: dict[str, Any], overrides: Sequence[str], *, where: st
         if dot and section in ("policy", "loss") and tree.get(section) is None:
             tree[section] = _default(section)
         apply_override(tree, override)
-    _read_average(tree, where=where)
+    read_average(tree, where=where, resume=resume)
     return parse_config(tree, where=where)
 
 
-def _read_average(tree: dict[str, Any], *, where: str) -> None:
-    """`policy: {name: static, weights: average, run: PATH}` -> the weights themselves.
+def read_average(tree: dict[str, Any], *, where: str, resume: bool = False) -> None:
+    """`policy: {name: static, weights: average, run: PATH}` -> the weights themselves, in place.
 
     Policies read no files, and a resumed run must not depend on another one that may have gone on since: the
-    numbers go into the resolved config.
+    numbers go into the resolved config, with `averaged_from`, and are taken from there when it is resumed.
+
+    Args:
+        tree: a config, or as much of one as a policy needs.
+        where: for messages.
+        resume: whether `run_dir` holds the run already.
+
+    Raises:
+        ConfigError: `policy.run` is not given.
+        RunError: it is no run that can be averaged.
     """
     policy = tree.get("policy")
     if not isinstance(policy, dict) or policy.get("name") != "static" or policy.get("weights") != "average":
@@ -198,8 +211,23 @@ def _read_average(tree: dict[str, Any], *, where: str) -> None:
             f"{where}: policy.run = {run!r}; weights: average needs the folder of the run to average, as in "
             "policy: {name: static, weights: average, run: runs/ddk}."
         )
-    others = {key: value for key, value in policy.items() if key != "run"}
-    tree["policy"] = {**others, "weights": average_weights(Path(run))}
+    began_with = _policy_of_run(tree) if resume else {}
+    if str(began_with.get("averaged_from", "")).startswith(f"{run} ("):
+        found = {key: began_with[key] for key in ("weights", "averaged_from") if key in began_with}
+    else:
+        weights, which = average_of_run(Path(run))
+        found = {"weights": weights, "averaged_from": f"{run} ({which})"}
+    tree["policy"] = {**{key: value for key, value in policy.items() if key != "run"}, **found}
+
+
+def _policy_of_run(tree: dict[str, Any]) -> dict[str, Any]:
+    """The policy in a run's resolved config; nothing where that cannot be read, which resuming reports."""
+    try:
+        saved = read_yaml((Path(tree["run_dir"]) / "config.yaml").read_text(encoding="utf-8"))
+        policy = saved["policy"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return policy if isinstance(policy, dict) else {}
 
 
 def parse_config(tree: dict[str, Any], *, where: str) -> RunConfig:

@@ -24,11 +24,15 @@ from ddkmix.losses.hidden_consistency import HiddenConsistency
 from ddkmix.losses.hidden_match import HiddenMatch, check_layers_exist
 from ddkmix.measures import check_measures, needs_of
 from ddkmix.policies import Guarded, WeightPolicy, build_policy, guarded, next_state
+from ddkmix.policies.guards import unguarded
+from ddkmix.policies.protocol import at_interval
 from ddkmix.references import wanted_references
 from ddkmix.teachers import DEFAULT, Teachers, find_teachers
 from ddkmix.tokenizer import TokenizerCard, check_separator, tokenizer_fingerprint
 from ddkmix.trackers import check_trackers
 from ddkmix.types import DomainLosses
+
+_TRIED_UPDATES = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +95,8 @@ def check(config: RunConfig, *, only_gaps: bool = False) -> Prepared:
         DdkmixError: the first thing that is wrong.
     """
     domains = load_domains(config.domains, config.storage)
-    policy = guarded(build_policy(config.policy), config.guards)
+    told = at_interval(build_policy(config.policy), config.mixture.interval_steps)
+    policy = guarded(told, config.guards)
     _try_policy(policy, config, tuple(domain.name for domain in domains))
     terms = build_terms(config.loss)
     check_weights(terms, config.trainer.steps, config.schedule)
@@ -139,10 +144,10 @@ def check(config: RunConfig, *, only_gaps: bool = False) -> Prepared:
     )
 
 
-def dummy_losses(domains: tuple[str, ...], gap: float = 1.0) -> DomainLosses:
+def dummy_losses(domains: tuple[str, ...], gap: float = 1.0, intervals: int = 1) -> DomainLosses:
     """Losses with the same gap everywhere: what a policy can be tried on before there are real ones."""
     ones = np.ones(len(domains))
-    counts = np.full(len(domains), 1000)  # of tokens and of rows
+    counts = np.full(len(domains), 1000)  # of tokens, and of rows in an interval
     return DomainLosses(
         domains=domains,
         student_loss=2.0 * ones + gap,
@@ -153,7 +158,7 @@ def dummy_losses(domains: tuple[str, ...], gap: float = 1.0) -> DomainLosses:
         num_bytes=4 * counts,
         excess_loss=max(gap, 0.0) * ones,
         forward_kl=abs(gap) * ones,
-        rows_served=counts,
+        rows_served=intervals * counts,
     )
 
 
@@ -165,7 +170,12 @@ def _try_policy(policy: WeightPolicy, config: RunConfig, domains: tuple[str, ...
         )
     uniform = np.full(len(domains), 1.0 / len(domains))
     state = next_state(policy, None, dummy_losses(domains), uniform)
-    next_state(policy, state, dummy_losses(domains), uniform)
+    next_state(policy, state, dummy_losses(domains, intervals=2), uniform)
+    inner = unguarded(policy)
+    state = next_state(inner, None, dummy_losses(domains), uniform)
+    for interval in range(2, 2 + _TRIED_UPDATES):  # laws are fitted from four or five measurements on
+        losses = dummy_losses(domains, gap=1.0 / interval, intervals=interval)
+        state = next_state(inner, state, losses, uniform)
 
 
 def _check_signal(config: RunConfig, terms: Sequence[LossTerm]) -> None:

@@ -19,6 +19,7 @@ from ddkmix.planned_mixture import PlannedMixture
 from ddkmix.planner import quantise
 from ddkmix.policies import PolicyState, WeightPolicy, next_state, policy_of, weights_of
 from ddkmix.policies.guards import Guarded, check_guards, guarded, unguarded
+from ddkmix.policies.protocol import at_interval
 from ddkmix.ranks import everyones, from_main
 from ddkmix.types import DomainLosses
 
@@ -76,7 +77,7 @@ class Reweighter:
         if interval_steps < 1:
             raise ConfigError(f"interval_steps = {interval_steps}; it must be at least 1 optimizer step.")
         check_evaluator(evaluator, mixture.domains)
-        policy = policy_of(policy)
+        policy = at_interval(policy_of(policy), interval_steps)
         _check_measures(evaluator, policy)
         self.mixture: PlannedMixture[Any] = mixture
         """What it sets the weights of."""

@@ -15,6 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ddkmix.errors import RunError
 from ddkmix.fingerprint import write_atomically
+from ddkmix.records import read_lines
+
+__all__ = ["Bar", "JsonLines", "progress_bar", "read_lines", "weights_note"]
 
 
 class JsonLines:
@@ -42,14 +45,6 @@ class JsonLines:
             return
         kept = [record for record in read_lines(self.path) if record["step"] < step]
         write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSON lines file; an unfinished last line is left out."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
 
 
 @contextmanager

@@ -256,9 +256,11 @@ def simplex_vector(
         wrong = ", ".join(f"{what} domains {names}" for what, names in found if names)
         raise ConfigError(f"{where}: {wrong}; give exactly one weight for each of {sorted(domains)}.")
     vector = np.array([float(weights[name]) for name in domains])
-    if not np.isfinite(vector).all() or (vector < 0).any() or vector.sum() <= 0:
+    if not np.isfinite(vector).all() or (vector < 0).any() or vector.max() <= 0:
         raise ConfigError(
             f"{where} = {dict(weights)}; every weight must be finite and >= 0, and one of them > 0."
         )
+    if vector.max() > 1e300:  # their sum may overflow
+        vector = vector / vector.max()
     normalised: Float[np.ndarray, " N"] = vector / vector.sum()
     return normalised

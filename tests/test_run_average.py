@@ -1,11 +1,15 @@
 """The mixture that a run had on average, and the one line of config that another run takes it with."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from ddkmix import average_weights, load_config
+from ddkmix.checkpoint import find_run
 from ddkmix.config import dump_config, parse_config
 from ddkmix.errors import ConfigError, RunError
 from ddkmix.policies import Static, build_policy
@@ -75,7 +79,10 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path) -> None:
             average_weights(folder)
     run = write_run(tmp_path / "run", RUN)
     (run / "intervals.jsonl").write_text('{"step": 0}\n')
-    with pytest.raises(RunError, match=r"intervals.jsonl, line 1 is no evaluation \(KeyError"):
+    with pytest.raises(
+        RunError,
+        match=r"intervals.jsonl is damaged or of another version of ddkmix \(line 1: weights missing",
+    ):
         average_weights(run)
     (run / "intervals.jsonl").unlink()
     with pytest.raises(RunError, match="has 0 evaluations"):
@@ -86,7 +93,11 @@ def test_one_line_of_config_takes_the_average_of_a_run(tmp_path: Path) -> None:
     """Reading the config replaces path by numbers, so a resumed run does not look at the other again."""
     run = write_run(tmp_path / "run", RUN)
     config = load_config(write_config(tmp_path, f"{{name: static, weights: average, run: {run}}}"))
-    assert config.policy.model_dump() == {"name": "static", "weights": pytest.approx(AVERAGE)}
+    assert config.policy.model_dump() == {
+        "name": "static",
+        "weights": pytest.approx(AVERAGE),
+        "averaged_from": f"{run} (weights as served, by steps, until step 400)",
+    }
     policy = build_policy(config.policy)
     assert isinstance(policy, Static)
     assert pytest.approx(AVERAGE) == policy.weights
@@ -118,3 +129,60 @@ def test_other_policies_and_other_weights_are_left_alone(tmp_path: Path) -> None
     assert config.policy.model_dump() == {"name": "mine:Policy", "weights": "average", "run": "anything"}
     config = load_config(write_config(tmp_path, "{name: static, weights: uniform}"))
     assert config.policy.model_dump() == {"name": "static", "weights": "uniform"}
+
+
+DOREMI = {"mixture_weights": [0.9, 0.1], "average_weights": [0.8, 0.2], "updates": 2}
+
+
+@pytest.mark.parametrize("state", [DOREMI, {"mixture_weights": [0.6, 0.4], "policy": DOREMI}])
+def test_the_average_that_a_policy_keeps_is_the_result(tmp_path: Path, state: dict[str, Any]) -> None:
+    """DoReMi's own, of its updates alone, as of the last evaluation; with guards around it or without."""
+    run = write_run(tmp_path / "run", RUN)
+    lines = [{"step": s, "weights": w, "policy": state if s == 400 else None} for s, w in RUN]
+    (run / "intervals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert {"code": 0.8, "prose": 0.2} == average_weights(run)
+    policy = f"{{name: static, weights: average, run: {run}}}"
+    taken = load_config(write_config(tmp_path, policy)).policy.model_dump()
+    assert f"{run} (average_weights of its policy until step 400)" == taken["averaged_from"]
+
+
+def test_a_run_that_is_resumed_keeps_the_average_that_it_began_with(tmp_path: Path) -> None:
+    """The other run goes on, or is deleted; another path is another average."""
+    run, path = write_run(tmp_path / "run", RUN), tmp_path / "config.yaml"
+    write_config(tmp_path, f"{{name: static, weights: average, run: {run}}}")
+    own = [f"run_dir={tmp_path / 'static'}"]
+    first = load_config(path, own)
+    (tmp_path / "static").mkdir()
+    (tmp_path / "static" / "config.yaml").write_text(yaml.safe_dump(dump_config(first)))
+    with (run / "intervals.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 800, "weights": {"code": 0.0, "prose": 1.0}}) + "\n")
+    assert first == load_config(path, own, resume=True) != load_config(path, own)
+    shutil.rmtree(run)
+    assert first == load_config(path, own, resume=True)
+    assert find_run(load_config(path, own, resume=True), resume=True) is None  # the same run: no refusal
+    with pytest.raises(RunError, match="is not a run directory"):
+        load_config(path, own)
+    with pytest.raises(RunError, match="other is not a run directory"):
+        load_config(path, [*own, "policy.run=other"], resume=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"step": 1e999, "weights": {}}', "step is inf"),
+        (b'{"step": 500, "weights": {"code": 1e999}}', "weights is not a number for each domain"),
+        (b'{"step": 5, "weights": {"code": "\xff"}}', "utf-8"),
+        (b'{"step": 5, "weights', "control character"),
+        (b"[]", "it holds list"),
+        (b'{"step": 50, "weights": {"code": 1, "prose": 0}}', "step 50 comes after step 400"),
+        (b'{"step": 500, "weights": {"code": 1, "prose": 0}, "planner": {}}', "planner has no version"),
+    ],
+)
+def test_a_damaged_record_is_one_line(tmp_path: Path, line: bytes, reason: str) -> None:
+    """It names file, line and reason; never a traceback, never a negative share."""
+    run = write_run(tmp_path / "run", RUN)
+    with (run / "intervals.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(RunError, match="intervals.jsonl is damaged or .*line 4: .*" + reason) as error:
+        average_weights(run)
+    assert "\n" not in str(error.value)

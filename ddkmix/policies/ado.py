@@ -1,7 +1,7 @@
 """Adaptive Data Optimization: more of the domains whose losses are predicted to fall (arXiv 2410.11820)."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -60,6 +60,8 @@ class Ado:
     All of the slope is code's, so rho is (1, 0.01) / 1.01 and w = 0.9 (0.5, 0.5) + 0.1 rho.
     """
 
+    fits_laws: ClassVar[bool] = True
+    """An update takes long where there are hundreds of domains; guards ask for fewer of them."""
     prior: Start = "natural"
     """Mixture before the first fit, and the factor of every slope: the corpus as it is, or uniform."""
     rows: Literal["all", "own"] = "all"

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import Field
 
-from ddkmix.policies.signal import MeasuredSignal, needs_of, signal_of
+from ddkmix.policies.signal import MeasuredSignal, columns_of, signal_of
 from ddkmix.policies.update import exponentiated_update
 from ddkmix.types import DomainLosses
 
@@ -51,7 +51,7 @@ class Ddk:
     """Share of the mixture that stays uniform: 1 - alpha. At 0 one domain ends up with everything."""
     signal: MeasuredSignal = "perplexity_ratio"
     """`perplexity_ratio` as published, its logarithm `loss_gap`, or another of `Signal`."""
-    signal_cap: Annotated[float, Field(gt=0)] | None = None
+    signal_cap: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Signals above this (a ratio, nats per token, or bits per byte) count as this; unset as published."""
     first_interval: Literal["random", "eq1"] = "random"
     """`random`: rows of the first interval are drawn from the corpus as it is (Algorithm 1, line 2).
@@ -60,7 +60,7 @@ class Ddk:
     @property
     def needs(self) -> frozenset[str]:
         """What an evaluator must measure beside the losses: `excess_loss`, `forward_kl`, or nothing."""
-        return needs_of(self.signal)
+        return columns_of(self.signal)
 
     def init(self, losses: DomainLosses, natural_weights: Float[np.ndarray, " N"]) -> dict[str, Any]:
         """r_0 by Eq. 1; the mixture of the first interval is natural or r_0.

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from pydantic import Field
 
 from ddkmix.policies.signal import measured
-from ddkmix.policies.update import Start, exponentiated_update, finite_logs, start_weights
+from ddkmix.policies.update import LARGEST_STEP_SIZE, Start, exponentiated_update, finite_logs, start_weights
 from ddkmix.types import DomainLosses
 
 
@@ -23,8 +23,9 @@ class Doremi:
 
     The excess is clipped **per token**, so a domain counts by the tokens where the student is behind, even if
     it is ahead on others; copies that clip the mean of the domain (Aioli, DoGE) are another rule. The result
-    is `average_weights` of the state; `static` can take it (`weights: average`). Paper and code agree on the
-    rule; the code's default c is 1e-4, its script passes the paper's 1e-3.
+    is `average_weights` of the state: of all updates, without w_0 and before guards. `ddkmix show` prints it,
+    and `static` takes it (`weights: average, run: THIS RUN`). Paper and code agree on the rule; the code's
+    default c is 1e-4, its script passes the paper's 1e-3.
 
     Here the teacher is the reference, losses are of held-out rows at the end of an interval (there: of every
     training batch), and w says how often a domain is drawn (there: how much its tokens count, drawn
@@ -50,7 +51,7 @@ class Doremi:
 
     needs: ClassVar[frozenset[str]] = frozenset({"excess_loss"})
     """What an evaluator must measure beside the losses."""
-    step_size: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    step_size: Annotated[float, Field(gt=0, le=LARGEST_STEP_SIZE)] = 1.0
     """The factor eta of the excess in the exponent."""
     uniform_mix: Annotated[float, Field(ge=0, le=1)] = 1e-3
     """Share of the mixture that stays uniform, the paper's c."""

@@ -37,7 +37,8 @@ class Guarded:
 
     The first is kept by the first mixture too, which is the policy's own, projected. w keeps all three, so
     there always is such a mixture. se(p) is `gap_error` carried through the policy's update by differences
-    (the delta method); a share whose move is within `evidence` standard errors stays exactly as it is. A
+    (the delta method); a share whose move is within `evidence` standard errors stays exactly as it is. It
+    does not act on a policy that weighs the errors itself (`marginal_gain`, which decides what is noise). A
     floor or cap that is not set spares what already lies outside in the corpus, natural weights: it bounds by
     these instead. It does not bound a policy that never moves. The first `warmup_intervals` updates return w,
     which the policy inside does not know. Where a domain is at its `max_epochs`, the planner shares its
@@ -70,8 +71,9 @@ class Guarded:
 
     @property
     def reads_errors(self) -> bool:
-        """Whether the standard errors of the gaps count; not where a policy never moves."""
-        return self.guards.evidence > 0 and not _is_fixed(self.policy)
+        """Whether `evidence` acts; not where a policy never moves, or weighs the errors itself."""
+        own = _says(self.policy, "fixed") or _says(self.policy, "weighs_errors")
+        return self.guards.evidence > 0 and not own
 
     def init(self, losses: DomainLosses, natural_weights: Float[np.ndarray, " N"]) -> PolicyState:
         """The policy's first mixture between floor and cap.
@@ -130,7 +132,7 @@ class Guarded:
     ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
         """Floor and cap of every domain."""
         count, floor, cap = len(natural), self.guards.floor, self.guards.cap
-        mild = (0.0, 1.0) if _is_fixed(self.policy) else (0.1 / count, (1 + 1 / count) / 2 + _ROUNDING)
+        mild = (0.0, 1.0) if _says(self.policy, "fixed") else (0.1 / count, (1 + 1 / count) / 2 + _ROUNDING)
         low = np.minimum(mild[0], natural) if floor is None else np.full(count, floor)
         high = np.maximum(mild[1], natural) if cap is None else np.full(count, cap)
         return low, high
@@ -139,7 +141,9 @@ class Guarded:
         """Standard errors of the proposal."""
         require_errors(losses)
         return weight_errors(
-            lambda other: checked_weights(self.policy, self.policy.update(before, other), other), losses
+            lambda other: checked_weights(self.policy, self.policy.update(before, other), other),
+            losses,
+            fits_laws=_says(self.policy, "fits_laws"),
         )
 
     def _reach(
@@ -157,19 +161,21 @@ class Guarded:
         return np.maximum(low, np.minimum(now, target)), np.minimum(high, np.maximum(now, target))
 
 
-def guarded(policy: WeightPolicy, guards: Guards | Mapping[str, Any] | bool | None) -> WeightPolicy:
+def guarded(policy: WeightPolicy, guards: Guards | Mapping[str, Any] | bool | str | None) -> WeightPolicy:
     """A policy with guards around it, or as it is where there are none.
 
     Args:
         policy: what proposes.
-        guards: settings, as a `ddkmix.config.Guards` or by name ({"cap": 0.4}); True for the defaults; None,
-            False and guards that bound nothing leave the policy alone.
+        guards: settings, as a `ddkmix.config.Guards` or by name ({"cap": 0.4}); True or "on" for the
+            defaults; None, False, "off" and guards that bound nothing leave the policy alone.
 
     Raises:
         ConfigError: a setting is wrong, or the policy has guards already.
     """
     if guards is None:
         return policy
+    if not isinstance(guards, Guards | Mapping | bool) and guards not in ("on", "off"):
+        raise ConfigError(f"guards = {guards!r}; give on, off or settings such as {{cap: 0.4}}.")
     try:
         settings = Guards.model_validate(dict(guards) if isinstance(guards, Mapping) else guards)
     except ValidationError as error:
@@ -196,12 +202,14 @@ def describe(policy: WeightPolicy, num_domains: int) -> str:
         (guards.max_move < 1, f"largest move {guards.max_move:g}"),
         (guards.warmup_intervals > 0, f"warm-up of {guards.warmup_intervals} updates"),
         (policy.reads_errors, f"evidence {guards.evidence:g} standard errors"),
+        (guards.evidence > 0 and _says(policy.policy, "weighs_errors"), "evidence left to the policy"),
     ]
     return ", ".join(text for acts, text in words if acts) or "off"
 
 
-def _is_fixed(policy: WeightPolicy) -> bool:
-    return bool(getattr(policy, "fixed", False))
+def _says(policy: WeightPolicy, trait: str) -> bool:
+    """`fixed`, `weighs_errors` or `fits_laws`: what a policy may say of itself."""
+    return bool(getattr(policy, trait, False))
 
 
 def unguarded(policy: WeightPolicy) -> WeightPolicy:

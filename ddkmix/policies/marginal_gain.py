@@ -4,7 +4,7 @@ The equations stand in the docstring of `MarginalGain`; the curves that it belie
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -19,7 +19,7 @@ _WORST = 32.0
 _LAW_ERROR, _LAW_ERROR_BEFORE = 0.003, 0.01
 """What no law of this form describes, as a share of the first gap: now, and each factor e of rows before."""
 _UNKNOWN_ERROR = 0.02
-"""Standard error where nobody measured one, as a share of the first gap."""
+"""Standard error where nobody measured one, as a share of the gap."""
 _HOPELESS = 0.01
 """A gap that all the rows ahead would hardly bring down by this share of it gets no more than the floor."""
 _STEPS = np.array([0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128]) / 128
@@ -39,6 +39,9 @@ class MarginalGain:
     falls fastest for each of them, and not where the gap is merely large. Where the fit is poor c is small
     and the mixture uniform; so is the first interval. Ours; the page beside the source has the details.
 
+    The standard errors of the gaps are in the fit, in the fill and in c, so the guard `evidence` does not act
+    on this policy; floor, cap and the others do.
+
     Of two gaps the first does not fall: after two intervals it gets less than half.
 
     >>> import numpy as np
@@ -55,12 +58,16 @@ class MarginalGain:
     [0.2, 0.8]
     """
 
+    weighs_errors: ClassVar[bool] = True
+    """The guard `evidence` would count the errors of the gaps twice, and does not act."""
+    fits_laws: ClassVar[bool] = True
+    """An update takes long where there are hundreds of domains."""
     objective: Literal["mean", "worst"] | Annotated[float, Field(ge=1)] = "mean"
     """What is to be small at the end, in nats per token: the `mean` gap, the `worst` gap, or the power mean
     of the gaps with this exponent, which leads from one (1) to the other (32 and more)."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of the rows that is always spread evenly, so that no domain is forgotten or unobserved."""
-    lookahead: Annotated[float, Field(gt=0)] = 0.25
+    lookahead: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.25
     """Rows that are planned at once, as a share of the rows served so far; at least those of an interval."""
     memory: Annotated[int, Field(ge=4)] = 16
     """Measurements of rows and gaps that are kept; the nearest two become one where there are more."""
@@ -247,7 +254,10 @@ def trust(laws: GapLaws, plan: Float[np.ndarray, " N"], power: float) -> float:
 def remember(history: dict[str, Any], memory: int) -> dict[str, Any]:
     """Measurements, of which two neighbours become one where they are more than `memory`.
 
-    The first and the last stay; the pair merges whose numbers of rows have the smallest ratio.
+    The first and the last stay; the pair merges whose numbers of rows have the smallest ratio. Errors merge
+    as if they were independent, though the held-out rows are the same: what these err every time moves the
+    level of a law, which is fitted freely, and never its slope. The slope suffers from the rest, which is new
+    each time and does average out.
 
     Args:
         history: lists by measurement: how many each stands for, rows, gaps and their errors.

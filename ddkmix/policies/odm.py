@@ -9,9 +9,10 @@ from jaxtyping import Float
 from pydantic import Field
 from scipy.special import log_softmax
 
-from ddkmix.policies.signal import measured, needs_of
+from ddkmix.policies.signal import columns_of, measured
 from ddkmix.types import DomainLosses
 
+_DEFAULT_STEPS = 1000
 _SMALLEST_PROBABILITY = 1e-12  # an arm that something else has switched off
 
 
@@ -60,13 +61,14 @@ class Odm:
     or, as published, the student's loss."""
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Share of the old estimate in the new one; `exp3` has none."""
-    interval_steps: Annotated[int, Field(ge=1)] = 1000
-    """Training steps that t grows by per update; the same as `mixture.interval_steps` as published."""
+    interval_steps: Annotated[int, Field(ge=1)] | None = None
+    """Training steps that t grows by per update. Unset: those of the run, `mixture.interval_steps` (or of the
+    `Reweighter`); 1000, a run's default, for those who call the policy themselves."""
 
     @property
     def needs(self) -> frozenset[str]:
         """What an evaluator must measure beside the losses: `excess_loss` or nothing."""
-        return needs_of(self.reward)
+        return columns_of(self.reward)
 
     def init(self, losses: DomainLosses, natural_weights: Float[np.ndarray, " N"]) -> dict[str, Any]:
         """The uniform mixture.
@@ -99,7 +101,7 @@ class Odm:
         reward, updates = self._rewards(losses), state["updates"] + 1
         estimate = self._estimate(state, reward)
         count, before = len(reward), state["exploration"]
-        steps = updates * self.interval_steps
+        steps = updates * (_DEFAULT_STEPS if self.interval_steps is None else self.interval_steps)
         exploration = min(1.0 / count, math.sqrt(math.log(count) / (count * steps)))
         log_shares = estimate if self.form == "smoothed_mean" else before * estimate
         shares = np.exp(log_softmax(log_shares))

@@ -17,6 +17,11 @@ _GRIDS = 3  # the last one steps by 4e-4
 _REWEIGHTINGS = 15
 _HUBER = 1e-3
 _SMALLEST_LOSS = 1e-3  # logarithms are fitted
+_AT_ONCE = 32  # domains whose arrays fit into a processor's cache
+
+_Columns = tuple[
+    Float[np.ndarray, " N"], Float[np.ndarray, " N"], Float[np.ndarray, " N"], Float[np.ndarray, " N"]
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,15 +46,23 @@ def fit_power_laws(rows: Float[np.ndarray, "T N"], losses: Float[np.ndarray, "T 
         losses: nats per token at each point.
     """
     relative, measured = (rows / rows[-1]).T[:, None], np.maximum(losses, _SMALLEST_LOSS).T[:, None]
+    parts = [slice(first, first + _AT_ONCE) for first in range(0, len(relative), _AT_ONCE)]
+    columns = zip(*(_fit(relative[part], measured[part]) for part in parts), strict=True)
+    floor, scale, exponent, misfit = map(np.concatenate, columns)
+    return PowerLaws(floor=floor, scale=scale, exponent=exponent, misfit=misfit)
+
+
+def _fit(relative: Float[np.ndarray, "N 1 T"], measured: Float[np.ndarray, "N 1 T"]) -> _Columns:
+    """The columns of `PowerLaws`."""
     width = LARGEST_EXPONENT - LEAST_EXPONENT
-    grid = np.linspace(LEAST_EXPONENT, LARGEST_EXPONENT, _POINTS_OF_A_GRID)[None].repeat(rows.shape[1], 0)
+    grid = np.linspace(LEAST_EXPONENT, LARGEST_EXPONENT, _POINTS_OF_A_GRID)[None].repeat(len(relative), 0)
     for _ in range(_GRIDS):
         floor, scale, misfit = _given_exponents(grid, relative, measured)
         at = (np.arange(len(grid)), misfit.argmin(axis=1))
-        best = PowerLaws(floor=floor[at], scale=scale[at], exponent=grid[at], misfit=misfit[at])
+        best = floor[at], scale[at], grid[at], misfit[at]
         width *= 2.0 / (_POINTS_OF_A_GRID - 1)  # from one neighbour on the grid to the other
         steps = np.linspace(-width / 2, width / 2, _POINTS_OF_A_GRID)
-        grid = np.clip(best.exponent[:, None] + steps, LEAST_EXPONENT, LARGEST_EXPONENT)
+        grid = np.clip(best[2][:, None] + steps, LEAST_EXPONENT, LARGEST_EXPONENT)
     return best
 
 
@@ -80,8 +93,9 @@ def _two_unknowns(
     target: Float[np.ndarray, "..."],
 ) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
     """floor, scale >= 0 with the least sum over points of weight (floor one + scale fall - target)^2."""
-    aa, ab, bb = ((weight * x * y).sum(axis=-1) for x, y in ((one, one), (one, fall), (fall, fall)))
-    at, bt = ((weight * x * target).sum(axis=-1) for x in (one, fall))
+    weighted, towards = weight * one, weight * target
+    sums = ((weighted, one), (weighted, fall), (weight * fall, fall), (one, towards), (fall, towards))
+    aa, ab, bb, at, bt = (np.einsum("...t,...t->...", x, y) for x, y in sums)
     determinant = aa * bb - ab * ab
     told_apart = determinant > 1e-12 * aa * bb  # else the rows never changed, and a flat law is as good
     safe = np.where(told_apart, determinant, 1.0)

@@ -1,5 +1,6 @@
 """What a policy is, and what its answers are held to."""
 
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -34,6 +35,25 @@ class WeightPolicy(Protocol):
             losses: those at the end of the last interval, nats per token.
         """
         ...
+
+
+def at_interval(policy: WeightPolicy, interval_steps: int) -> WeightPolicy:
+    """A policy that knows how many steps lie between its updates, if it has a field for it that is unset.
+
+    Args:
+        policy: with an `interval_steps` of None, inside guards too (a field `policy`); any other stays.
+        interval_steps: optimizer steps between two updates.
+    """
+    if not is_dataclass(policy) or isinstance(policy, type):
+        return policy
+    names = {field.name for field in fields(policy) if field.init}
+    changed: dict[str, Any] = {}
+    if "interval_steps" in names and getattr(policy, "interval_steps") is None:  # noqa: B009
+        changed["interval_steps"] = interval_steps
+    inner = getattr(policy, "policy", None) if "policy" in names else None
+    if isinstance(inner, WeightPolicy) and (told := at_interval(inner, interval_steps)) is not inner:
+        changed["policy"] = told
+    return replace(policy, **changed) if changed else policy
 
 
 def checked_weights(policy: WeightPolicy, state: Any, losses: DomainLosses) -> Float[np.ndarray, " N"]:

@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import Field
 
-from ddkmix.policies.update import Start, exponentiated_update, finite_logs, start_weights
+from ddkmix.policies.signal import MeasuredSignal, columns_of, signal_of
+from ddkmix.policies.update import LARGEST_STEP_SIZE, Start, exponentiated_update, finite_logs, start_weights
 from ddkmix.types import DomainLosses
 
 
@@ -41,22 +42,33 @@ class Sheared:
     [0.9, 0.1]
     """
 
-    step_size: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    step_size: Annotated[float, Field(gt=0, le=LARGEST_STEP_SIZE)] = 1.0
     """The factor eta of the difference in the exponent."""
     uniform_mix: Annotated[float, Field(ge=0, le=1)] = 1e-4
     """Share of the mixture that stays uniform, the code's c; 0 in the paper."""
     clip_at_zero: bool = False
     """Whether a student ahead of its target counts as one that is level with it, as in the paper."""
+    signal: MeasuredSignal = "loss_gap"
+    """The difference d: `loss_gap` as published, or another of `Signal` that one evaluation is enough for."""
     start: Start = "natural"
     """Weights of the first interval: `natural` as published, or `uniform`."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What an evaluator must measure beside the losses: `excess_loss`, `forward_kl`, or nothing."""
+        return columns_of(self.signal)
 
     def init(self, losses: DomainLosses, natural_weights: Float[np.ndarray, " N"]) -> dict[str, Any]:
         """The weights before the first update.
 
         Args:
-            losses: not looked at.
+            losses: those of the untrained student; only looked at for the signal to be there.
             natural_weights: shares of the corpus as it is; sum to 1.
+
+        Raises:
+            ConfigError: the signal is of something that nobody has measured.
         """
+        signal_of(self.signal, losses)  # better now than after the first interval
         weights = start_weights(self.start, natural_weights)
         return {"log_weights": finite_logs(weights).tolist(), "mixture_weights": weights.tolist()}
 
@@ -67,7 +79,7 @@ class Sheared:
             state: what `init` or the last `update` gave.
             losses: those at the end of the last interval, nats per token.
         """
-        gap = losses.loss_gap
+        gap = signal_of(self.signal, losses)
         log_weights = exponentiated_update(
             np.array(state["log_weights"]),
             np.maximum(gap, 0.0) if self.clip_at_zero else gap,

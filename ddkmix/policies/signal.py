@@ -65,7 +65,7 @@ def signal_of(
     return measured(name, losses)
 
 
-def needs_of(name: str) -> frozenset[str]:
+def columns_of(name: str) -> frozenset[str]:
     """What an evaluator must measure beside the two losses, for a policy that looks at this signal."""
     return _MEASURED_ON_REQUEST & {name}
 
@@ -83,10 +83,11 @@ def measured(name: str, losses: DomainLosses) -> Float[np.ndarray, " N"]:
         "rows_served": losses.rows_served,
     }[name]
     if column is None:
+        run = f" (in a run that is replayed later, evaluation.measures: [{name}])"
         raise ConfigError(
             f"the policy looks at {name}, and these losses have none: give DomainLosses({name}=...), let an "
-            "evaluator and a Reweighter measure it, or take a policy or a signal that does without "
-            "(loss_gap)."
+            f"evaluator and a Reweighter measure it{run if name in _MEASURED_ON_REQUEST else ''}, or take a "
+            "policy or a signal that does without (loss_gap)."
         )
     values: Float[np.ndarray, " N"] = np.asarray(column, dtype=np.float64)
     if not np.isfinite(values).all():

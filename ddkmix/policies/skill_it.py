@@ -10,6 +10,7 @@ from pydantic import Field
 from scipy.special import softmax
 
 from ddkmix.errors import ConfigError
+from ddkmix.policies.update import LARGEST_STEP_SIZE
 from ddkmix.types import DomainLosses
 
 
@@ -40,7 +41,7 @@ class SkillIt:
     [0.6667, 0.3333]
     """
 
-    step_size: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2
+    step_size: Annotated[float, Field(gt=0, le=LARGEST_STEP_SIZE)] = 0.2
     """The factor eta of the summed losses in the exponent."""
     window: Annotated[int, Field(ge=1)] = 3
     """How many evaluations are summed over, of losses in nats per token."""
@@ -92,7 +93,9 @@ class SkillIt:
             )
         for name, row in rows.items():
             for other, value in row.items():
-                if not np.isfinite(value):
-                    raise ConfigError(f"policy.skills.{name}.{other} = {value}; it must be a finite number.")
+                if not abs(value) <= LARGEST_STEP_SIZE:
+                    raise ConfigError(
+                        f"policy.skills.{name}.{other} = {value}; it must be a finite number of at most 1e6."
+                    )
                 graph[place[name], place[other]] = value
         return graph

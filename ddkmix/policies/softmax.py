@@ -8,7 +8,7 @@ from jaxtyping import Float
 from pydantic import Field
 from scipy.special import softmax
 
-from ddkmix.policies.signal import Signal, needs_of, signal_of
+from ddkmix.policies.signal import Signal, columns_of, signal_of
 from ddkmix.types import DomainLosses
 
 
@@ -47,7 +47,7 @@ class Softmax:
     @property
     def needs(self) -> frozenset[str]:
         """What an evaluator must measure beside the losses: `excess_loss`, `forward_kl`, or nothing."""
-        return needs_of(self.signal)
+        return columns_of(self.signal)
 
     def init(self, losses: DomainLosses, natural_weights: Float[np.ndarray, " N"]) -> dict[str, Any]:
         """The mixture of the first interval.

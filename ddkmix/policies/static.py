@@ -19,8 +19,9 @@ class Static:
 
         policy: {name: static, weights: average, run: runs/ddk}
 
-    and reading the config puts the numbers there. In Python `Static(weights=average_weights("runs/ddk"))`,
-    with `ddkmix.average_weights`.
+    and reading the config puts the numbers there: DoReMi's own average where `doremi` made the run, else the
+    mixture as it was served. In Python `Static(weights=average_weights("runs/ddk"))`, with
+    `ddkmix.average_weights`, where both are explained.
 
     >>> import numpy as np
     >>> from ddkmix import DomainLosses
@@ -34,6 +35,8 @@ class Static:
     """Guards that nobody has set do not bound it: it is the mixture that somebody asked for."""
     weights: Literal["uniform", "natural"] | dict[str, float] = "uniform"
     """`uniform`: 1/N each. `natural`: by rows available (or the cards' priors). Or one number per domain."""
+    averaged_from: str | None = None
+    """The run that the weights are the average of, and which average; written when the config is read."""
 
     def init(self, losses: DomainLosses, natural_weights: Float[np.ndarray, " N"]) -> dict[str, Any]:
         """The weights of the whole run.

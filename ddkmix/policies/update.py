@@ -9,6 +9,9 @@ from scipy.special import log_softmax
 Start = Literal["uniform", "natural"]
 """Weights before the first update: 1/N each, or the shares of the corpus as it is."""
 
+LARGEST_STEP_SIZE = 1e6
+"""Steps of this size give one domain everything; far larger ones overflow."""
+
 
 def start_weights(start: Start, natural_weights: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """The weights of the first interval, as a new array."""

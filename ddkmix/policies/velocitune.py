@@ -8,7 +8,7 @@ from jaxtyping import Float
 from pydantic import Field
 
 from ddkmix.policies.signal import signal_of
-from ddkmix.policies.update import Start, exponentiated_update, finite_logs, start_weights
+from ddkmix.policies.update import LARGEST_STEP_SIZE, Start, exponentiated_update, finite_logs, start_weights
 from ddkmix.types import DomainLosses
 
 
@@ -39,7 +39,7 @@ class Velocitune:
     [0.3775, 0.6225]
     """
 
-    step_size: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    step_size: Annotated[float, Field(gt=0, le=LARGEST_STEP_SIZE)] = 1.0
     """A factor of V in the exponent; 1 as published."""
     uniform_mix: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the mixture that stays uniform; 0 as published."""

@@ -10,19 +10,19 @@ from ddkmix.errors import RunError
 from ddkmix.planner import PlannerState, PlanSettings
 from ddkmix.projection import Projection, project
 from ddkmix.provenance import DataBlock, read_blocks
+from ddkmix.records import read_evaluations
 from ddkmix.report.gaps import Format, markdown_line, render_table
-from ddkmix.tracking import read_lines
+from ddkmix.run_average import policy_average
 
 
 def read_intervals(run_dir: Path) -> list[dict[str, Any]]:
     """One record per evaluation: step, losses, weights, rows served, epochs.
 
     Raises:
-        RunError: the folder is not a run, or nothing has been measured yet.
+        RunError: the folder is not a run, its record is damaged, or nothing has been measured yet.
     """
     read_run_config(run_dir)
-    path = run_dir / "intervals.jsonl"
-    records = list(read_lines(path)) if path.exists() else []
+    records = read_evaluations(run_dir / "intervals.jsonl", needs=("losses", "weights", "served", "epochs"))
     if not records:
         raise RunError(f"{run_dir} has no evaluation yet; it writes the first one before training.")
     return records
@@ -56,11 +56,15 @@ def render_history(run_dir: Path, style: Format) -> str:
         return json.dumps(records, indent=1)
     domains = sorted({name for record in records for name in record["losses"]})
     sections: dict[str, Callable[[Any, str], str]] = {
-        "loss gap (nats per token)": lambda r, d: _number(r["losses"][d]["loss_gap"]),
+        "loss gap (nats per token)": lambda r, d: _number(r["losses"][d].get("loss_gap")),
         "mixture weight of the steps that follow": lambda r, d: f"{r['weights'][d]:.3f}",
         "rows served so far": lambda r, d: str(r["served"][d]),
         "epochs so far": lambda r, d: f"{r['epochs'][d]:.2f}",
     }
+    averages = {r["step"]: average for r in records if (average := policy_average(r)) is not None}
+    if len(averages) > 1:  # the first is of no update
+        title = "average that the policy keeps of its weights (its result; before guards)"
+        sections[title] = lambda r, d: f"{averages[r['step']][d]:.3f}" if r["step"] in averages else ""
     if (run_dir / "data.json").exists() and all("planner" in record for record in records):
         ends = _epochs_at_end(run_dir, records)
         sections["epochs at the end if the weights stayed (* at its limit)"] = lambda r, d: ends[r["step"]][d]

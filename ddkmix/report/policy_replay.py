@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from jaxtyping import Float
 
-from ddkmix.checkpoint import read_run_config
-from ddkmix.config import Guards
+from ddkmix.checkpoint import read_resolved, read_run_config
+from ddkmix.config import Guards, read_average
+from ddkmix.errors import RunError
 from ddkmix.overrides import Tree, apply_override
 from ddkmix.policies import PolicyState, WeightPolicy, next_state, policy_of
 from ddkmix.policies.guards import Guarded, guarded
+from ddkmix.policies.protocol import at_interval
 from ddkmix.report.gaps import Format, render_markdown, render_table
 from ddkmix.report.history import read_intervals
 from ddkmix.types import DomainLosses
@@ -75,15 +76,19 @@ def replay_policy(run_dir: Path, name: str | None = None, overrides: Sequence[st
     Raises:
         ConfigError: the policy, a parameter or the guards are wrong, or the policy needs what the run has not
             measured.
-        RunError: the folder is no run, or nothing has been measured.
+        RunError: the folder is no run, a file of it is damaged, nothing has been measured, or another run
+            is to be averaged and cannot be.
     """
     config, records = read_run_config(run_dir), read_intervals(run_dir)
-    spec: Tree = config["policy"] if name is None else {"name": name}
+    spec: Tree = config.get("policy", {}) if name is None else {"name": name}
     tree: Tree = {"policy": dict(spec), "guards": config["guards"]}
     for override in overrides:
         whole = override.startswith(("guards.", "guards=", "policy.")) or "=" not in override
         apply_override(tree, override if whole else f"policy.{override}")
-    policy = guarded(policy_of(tree["policy"]), tree["guards"])
+    read_average(tree, where="the options")
+    interval = (config.get("mixture") or {}).get("interval_steps")
+    asked = policy_of(tree["policy"])
+    policy = guarded(asked if interval is None else at_interval(asked, int(interval)), tree["guards"])
     anew, notes = (_changes(run_dir, config) if name is None else frozenset()), []
     if anew:
         steps = ", ".join(map(str, sorted(anew)))
@@ -116,7 +121,7 @@ def _updates(
             state = None
         was = _set_weights(record, losses.domains)
         natural = record.get("natural")
-        start = was if natural is None else np.array([natural[domain] for domain in losses.domains])
+        start = was if natural is None else _by_domain(natural, losses.domains, record, "natural")
         state = next_state(policy, state, losses, start)
         would = np.array(state["mixture_weights"])
         found.append(ReplayedUpdate(step=record["step"], domains=losses.domains, was=was, would=would))
@@ -136,17 +141,33 @@ def _is_update(record: Mapping[str, Any], before: Mapping[str, Any] | None, step
 def _set_weights(record: Mapping[str, Any], domains: Sequence[str]) -> Float[np.ndarray, " N"]:
     """What the policy asked for; the mixture's own weights are rounded, and without domains at their cap."""
     asked = (record.get("policy") or {}).get("mixture_weights")
-    return np.array([record["weights"][domain] for domain in domains] if asked is None else asked)
+    if asked is None:
+        return _by_domain(record["weights"], domains, record, "weights")
+    named = dict(zip(domains, asked, strict=False)) if isinstance(asked, list) else {}
+    return _by_domain(named, domains, record, "policy.mixture_weights")
+
+
+def _by_domain(
+    column: Mapping[str, Any], domains: Sequence[str], record: Mapping[str, Any], name: str
+) -> Float[np.ndarray, " N"]:
+    try:
+        return np.array([float(column[domain]) for domain in domains])
+    except (KeyError, TypeError, ValueError):
+        raise RunError(
+            f"intervals.jsonl at step {record['step']}: {name} is not a number for each of "
+            f"{list(domains)}; the record is damaged or of another version of ddkmix."
+        ) from None
 
 
 def _changes(run_dir: Path, config: Tree) -> frozenset[int]:
     """Steps at which the run's own policy was changed on request, and so lost its memory."""
     kept = sorted(run_dir.glob("config-until-step-*.yaml"), key=_step_of)
-    trees = [{"guards": None, **yaml.safe_load(path.read_text(encoding="utf-8"))} for path in kept]
+    trees = [read_resolved(path) for path in kept]
     return frozenset(
         _step_of(path)
         for path, old, new in zip(kept, trees, [*trees, config][1:], strict=True)
-        if old["policy"] != new["policy"] or _off_is_none(old["guards"]) != _off_is_none(new["guards"])
+        if old.get("policy") != new.get("policy")
+        or _off_is_none(old["guards"]) != _off_is_none(new["guards"])
     )
 
 

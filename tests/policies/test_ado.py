@@ -158,3 +158,12 @@ def test_with_more_than_a_hundred_domains_the_floor_is_uniform():
         state = policy.update(state, replace(falling, rows_served=rows + 10 * step))
     assert 1.0 == pytest.approx(sum(state["mixture_weights"]))
     assert min(state["mixture_weights"]) > 0.9 / count
+
+
+def test_exponents_below_their_least_count_as_the_least():
+    """Losses that fall by 0.02 and 0.03 have laws of those exponents; both slopes are taken with 0.05."""
+    served = [[100, 100]] * 6
+    check(Ado(), served, [0.02, 0.03], [0.5, 0.5])
+    total = np.cumsum(np.array(served).sum(axis=1)).astype(float)[:, None] * np.ones(2)
+    losses = np.array([[2.0 + gap for gap in gaps_at(step, [0.02, 0.03])] for step in range(1, 7)])
+    assert (fit_power_laws(total, losses).exponent < 0.05).any()

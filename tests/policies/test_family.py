@@ -268,6 +268,10 @@ def test_what_is_needed_must_be_finite() -> None:
         {"name": "sheared", "start": "random"},
         {"name": "chi2_dro", "radius": 0},
         {"name": "chi2_dro", "min_ratio": 1},
+        {"name": "marginal_gain", "lookahead": math.inf},
+        {"name": "ddk", "signal_cap": math.inf},
+        {"name": "skill_it", "step_size": 1e308},
+        {"name": "doremi", "step_size": 1e308},
         {"name": "odm", "form": "ucb"},
         {"name": "odm", "interval_steps": 0},
         {"name": "ado", "most_points": 2},
@@ -284,3 +288,22 @@ def test_a_parameter_out_of_its_range_is_one_line(spec: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"^policy\.{parameter} = ") as error:
         policy_of(spec)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["sheared", "chi2_dro"])
+def test_a_rule_on_the_gap_can_look_at_another_signal(name: str) -> None:
+    """The same rule on the excess where it equals the gap, and another mixture where it does not."""
+    history = [[1.0, 2.0, 0.5], [0.5, 1.5, 0.4]]
+    excess = policy_of({"name": name, "signal": "excess_loss"})
+    assert {"excess_loss"} == set(getattr(excess, "needs", ()))
+    assert weights(EVERY[name], history) == weights(excess, history)
+    other = weights(policy_of({"name": name, "signal": "perplexity_ratio"}), history)
+    assert other[1] != pytest.approx(weights(EVERY[name], history)[1], rel=1e-5)
+    with pytest.raises(ConfigError, match="looks at excess_loss"):
+        excess.init(domain_losses([1.0, 2.0]), np.array([0.5, 0.5]))
+
+
+def test_huge_weights_are_normalised() -> None:
+    """Their sum is inf in float64."""
+    static = {"name": "static", "weights": {"a": 1e308, "b": 1e308, "c": 0.0}}
+    assert {"a": 0.5, "b": 0.5, "c": 0.0} == reweight(static, domain_losses([1.0, 2.0, 3.0]))[0]

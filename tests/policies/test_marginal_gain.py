@@ -14,7 +14,15 @@ from ddkmix.config import Named
 from ddkmix.errors import ConfigError
 from ddkmix.policies import build_policy, next_state
 from ddkmix.policies.gap_law import GapLaws, fit_gap_laws
-from ddkmix.policies.marginal_gain import MarginalGain, _log_weight, fill, remember, trust
+from ddkmix.policies.marginal_gain import (
+    MarginalGain,
+    _evidence,
+    _log_weight,
+    fill,
+    moves,
+    remember,
+    trust,
+)
 from tests.conftest import domain_losses
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=25)
@@ -398,3 +406,47 @@ def test_an_exponent_reaches_from_the_mean_to_the_worst():
     """1 is the mean; 32 and all above stand for the worst."""
     powers = [MarginalGain(objective=o)._power for o in ("mean", 1.0, 4.0, 32.0, 1e9, "worst")]
     assert [1.0, 1.0, 4.0, 32.0, 32.0, 32.0] == powers
+
+
+@pytest.mark.parametrize("wrong", [1e-9, 1.0])
+def test_the_lookahead_counts(wrong):
+    """After many short intervals a quarter of the rows so far is planned, not an interval's."""
+
+    def gap_of(rows):
+        return np.array([0.1, 1.0]) + 3 / (1 + rows / np.array([200.0, 4000.0])) ** 0.7
+
+    at = [
+        run(MarginalGain(lookahead=x), gap_of, 2, intervals=9)[-1]["mixture_weights"] for x in (0.25, wrong)
+    ]
+    assert at[0] != pytest.approx(at[1], rel=1e-3)
+
+
+def test_some_luck_keeps_a_domain_in_the_game():
+    """A fall of nothing known to 0.1 nats of 2 may be one of 1 % and more; known for certain it is not."""
+    flat = ([2.0, 2.0], [2.0, 1.0], [100.0] * 2, [0.5] * 2, [100.0] * 2)
+    assert [False, True] == moves(known(*flat), 100.0).tolist()
+    assert [True, True] == moves(known(*flat, error=0.5), 100.0).tolist()
+
+
+def test_the_newest_errors_are_those_of_the_gaps_to_fill():
+    """Two histories whose first errors are the same, and whose last are not, share the rows differently."""
+    found = []
+    for last in (0.01, 0.6):
+        state = None
+        for step, error in enumerate((0.3, 0.3, 0.3, last)):
+            losses = replace(
+                domain_losses([4.0 * (1 + step) ** -0.4, 3.6 * (1 + step) ** -0.4]),
+                gap_error=np.full(2, error),
+                rows_served=np.full(2, 500 * step),
+            )
+            state = next_state(MarginalGain(objective="worst"), state, losses, np.full(2, 0.5))
+        history = {key: state[key] for key in ("rows", "gaps", "errors")}
+        laws = fit_gap_laws(*_evidence(history))
+        total = np.array(state["rows"][-1]).sum()
+        plan = fill(laws, total / 3, 32.0, 0.1, np.full(2, last))
+        share = trust(laws, plan, 32.0)
+        expected = share * plan / plan.sum() + (1 - share) / 2
+        assert expected == pytest.approx(np.array(state["mixture_weights"]), abs=1e-9)
+        stale = fill(laws, total / 3, 32.0, 0.1, np.full(2, 0.3))
+        found.append(np.abs(stale - plan).max() / plan.sum())
+    assert max(found) > 0.001

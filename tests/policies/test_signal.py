@@ -8,7 +8,7 @@ import pytest
 
 from ddkmix.errors import ConfigError
 from ddkmix.policies import signal_of
-from ddkmix.policies.signal import needs_of
+from ddkmix.policies.signal import columns_of
 from ddkmix.types import DomainLosses
 from tests.conftest import domain_losses
 from tests.policies.family import full_losses
@@ -76,10 +76,10 @@ def test_the_rule_for_no_first_gap_is_the_limit_of_small_ones():
 
 def test_what_must_be_measured_for_a_signal():
     """Two of them; the others follow from the two losses and the bytes."""
-    assert {"excess_loss"} == needs_of("excess_loss")
-    assert {"forward_kl"} == needs_of("forward_kl")
+    assert {"excess_loss"} == columns_of("excess_loss")
+    assert {"forward_kl"} == columns_of("forward_kl")
     others = ("perplexity_ratio", "loss_gap", "bits_per_byte_gap", "gap_left", "student_loss")
-    assert {frozenset()} == {needs_of(name) for name in others}
+    assert {frozenset()} == {columns_of(name) for name in others}
 
 
 @pytest.mark.parametrize("name", ["excess_loss", "forward_kl"])

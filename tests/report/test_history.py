@@ -43,7 +43,9 @@ TABLES = {
 @pytest.fixture
 def run_dir(tmp_path):
     """A run directory with two evaluations."""
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"run_dir": str(tmp_path)}))
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({"run_dir": str(tmp_path), "trainer": {"steps": 80}})
+    )
     lines = JsonLines(tmp_path / "intervals.jsonl")
     for line in RECORDS:
         lines.append(line)
@@ -114,3 +116,15 @@ def test_a_run_without_an_evaluation_is_one_line(run_dir, torn):
         path.write_text(torn)
     with pytest.raises(RunError, match=f"^{run_dir} has no evaluation yet; it writes the first one before"):
         render_history(run_dir, "table")
+
+
+def test_the_average_that_a_policy_keeps_is_shown(run_dir):
+    """DoReMi's result, from the first update on; runs of other policies have no such table."""
+    title = "average that the policy keeps of its weights (its result; before guards)"
+    assert title not in render_history(run_dir, "table")
+    (run_dir / "intervals.jsonl").unlink()
+    for line in RECORDS:
+        line = {**line, "policy": {"policy": {"average_weights": [0.123, 0.877]}}}
+        JsonLines(run_dir / "intervals.jsonl").append(line)
+    text = render_history(run_dir, "table")
+    assert ["40", "0.123", "0.877"] in [line.split() for line in text.split(title)[1].splitlines()]

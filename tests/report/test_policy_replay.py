@@ -16,6 +16,7 @@ from ddkmix.config import load_config
 from ddkmix.errors import ConfigError, RunError
 from ddkmix.report.history import read_intervals
 from ddkmix.report.policy_replay import CAVEAT, PolicyReplay, render_policy_replay, replay_policy
+from ddkmix.report.story import story_of_run
 from ddkmix.setup import train
 from ddkmix.tracking import JsonLines
 from tests.conftest import domain_losses
@@ -131,7 +132,7 @@ def test_other_domains_begin_anew(tmp_path: Path) -> None:
     natural = dict.fromkeys(three, 1 / 3)
     later |= {
         "losses": domain_losses([1.0, 2.0, 3.0], domains=three).to_json(),
-        "served": dict.fromkeys(three, 1),
+        **{name: dict.fromkeys(three, 1) for name in ("weights", "served", "epochs")},
         "policy": {"mixture_weights": [0.2, 0.2, 0.6]},
         "natural": natural,
     }
@@ -310,3 +311,54 @@ def test_losses_without_errors_cannot_be_replayed_with_evidence(tmp_path: Path) 
     run = write_run(tmp_path, [{**OLD[0], "losses": single.to_json()}])
     with pytest.raises(ConfigError, match="and code has none"):
         replay_policy(run, "ddk", ["guards.evidence=1"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"served": None}, "served"),
+        ({"served": {"code": 1}}, "served lacks the domains"),
+        ({"planner": {"step": 1}}, "planner has no version"),
+        ({"natural": {"code": 1.0}}, "natural is not a number for each of"),
+        ({"policy": {"mixture_weights": [1.0]}}, "policy.mixture_weights is not a number for each of"),
+    ],
+)
+def test_a_damaged_record_is_one_line(tmp_path: Path, changes: Record, reason: str) -> None:
+    """Whatever is missing of it."""
+    with pytest.raises(RunError, match=reason) as error:
+        replay_policy(write_run(tmp_path, [{**OLD[0], **changes}]), "static")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{a: [", "", "- 1", "run_dir: x", "trainer: {steps: many}", "trainer: 3"])
+def test_a_damaged_config_of_a_run_is_one_line(tmp_path: Path, text: str) -> None:
+    """For replay, for the table and for the page."""
+    run = write_run(tmp_path, OLD)
+    (run / "config.yaml").write_text(text)
+    for read in (replay_policy, story_of_run, read_intervals):
+        with pytest.raises(RunError, match=r"config\.yaml is damaged") as error:
+            read(run)
+        assert "\n" not in str(error.value)
+
+
+def test_another_runs_average_can_be_replayed(tmp_path: Path) -> None:
+    """`weights=average run=OTHER`, as in a config: 40 steps of 0.25 and 40 of 0.7."""
+    run, other = write_run(tmp_path / "run", OLD), write_run(tmp_path / "other", OLD)
+    replay = replay_policy(run, "static", ["weights=average", f"run={other}"])
+    assert [0.475, 0.525] == pytest.approx(would(replay)[1])
+
+
+def test_odm_counts_the_steps_of_the_run(tmp_path: Path) -> None:
+    """`mixture.interval_steps` of the run, unless the policy has its own."""
+    measured = {**OLD[1], "losses": domain_losses([9.0, 0.0], domains=DOMAINS).to_json()}
+    run = write_run(tmp_path, [OLD[0], measured], mixture={"interval_steps": 7})
+    own = would(replay_policy(run, "odm"))
+    assert own == would(replay_policy(run, "odm", ["interval_steps=7"]))
+    assert own != would(replay_policy(run, "odm", ["interval_steps=1000"]))
+
+
+def test_what_a_run_did_not_measure_names_the_way_to_measure_it(tmp_path: Path) -> None:
+    """A key of the config, for the next run."""
+    losses = replace(domain_losses([1.0, 2.0], domains=DOMAINS), excess_loss=None).to_json()
+    with pytest.raises(ConfigError, match=r"evaluation.measures: \[excess_loss\]"):
+        replay_policy(write_run(tmp_path, [{**OLD[0], "losses": losses}]), "doremi")

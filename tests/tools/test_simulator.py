@@ -228,6 +228,22 @@ class Notes:
         return self.init(losses, None)
 
 
+@dataclass(frozen=True)
+class Spike:
+    """Everything from the first domain, of as many as there are."""
+
+    def init(self, losses: Any, natural_weights: Any) -> dict[str, Any]:
+        """The first domain."""
+        return {"mixture_weights": np.eye(len(losses.domains))[0].tolist()}
+
+    def update(self, state: dict[str, Any], losses: Any) -> dict[str, Any]:
+        """The same."""
+        return state
+
+
+SPIKE = Spike()
+
+
 def test_a_policy_is_asked_before_every_interval_and_sees_what_was_served_until_then():
     """10 intervals of 100 rows: it is asked at 0, 100, ..., 900 rows, and 1,000 are served."""
     policy = Notes([])
@@ -261,10 +277,13 @@ def test_a_table_by_hand():
     """Mean and worst regret over all worlds and by kind, sorted; the worst world against uniform."""
     found = [outcome("learnable", 1.1, 1.3, 2.0), outcome("tiny", 1.3, 1.25, 1.5)]
     lines = table.markdown(found, "mean gap").splitlines()
-    assert "| mean gap: regret, nats | all | learnable | tiny | against uniform |" == lines[0]
-    assert "| **marginal_gain** | 0.200 (0.300) | 0.100 (0.100) | 0.300 (0.300) | +4.0 % |" == lines[2]
-    assert "| uniform | 0.275 (0.300) | 0.300 (0.300) | 0.250 (0.250) | +0.0 % |" == lines[3]
-    assert "| ddk | 0.750 (1.000) | 1.000 (1.000) | 0.500 (0.500) | +53.8 % |" == lines[4]
+    assert "| mean gap: regret, nats (no guards) | all | learnable | tiny | against uniform |" == lines[0]
+    assert "| best fixed (1.000 nats) | 0 | 0 | 0 | -20.0 % |" == lines[2]
+    assert "| **marginal_gain** | 0.200 (0.300) | 0.100 (0.100) | 0.300 (0.300) | +4.0 % |" == lines[3]
+    assert "| uniform | 0.275 (0.300) | 0.300 (0.300) | 0.250 (0.250) | +0.0 % |" == lines[4]
+    assert "| ddk | 0.750 (1.000) | 1.000 (1.000) | 0.500 (0.500) | +53.8 % |" == lines[5]
+    guarded = table.markdown([replace(o, guards=True) for o in found], "mean gap")
+    assert guarded.startswith("| mean gap: regret, nats (default guards) | all ")
 
 
 @pytest.mark.parametrize(
@@ -288,13 +307,72 @@ def test_the_program_prints_a_table_for_each_objective_and_writes_json(tmp_path,
     tool.main(["--worlds", "1", "--policies", "ddk", "--check", "--json", str(tmp_path / "out.json")])
     printed = capsys.readouterr().out
     for objective in OBJECTIVES:
-        assert f"| {objective}: regret, nats |" in printed
+        assert f"| {objective}: regret, nats (no guards) |" in printed
     report = json.loads((tmp_path / "out.json").read_text())
     assert [0] == [found["seed"] for found in report["worlds"]]
     assert {"uniform", "ddk", OURS} == set(report["worlds"][0]["reached"])
     assert report["certificate"]["random search gains, nats"] <= 1e-6
     assert not set(tool.DEVELOPMENT) & set(tool.VERIFICATION)
     assert 200 == len(tool.DEVELOPMENT) == len(tool.VERIFICATION)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Worlds without a game: outcomes that were made up, and the calls that asked for them."""
+    calls, ours = [], [1.0]
+
+    def made_up(seed, names, *, guards):
+        calls.append((seed, set(names), guards))
+        reached = {name: dict.fromkeys(OBJECTIVES, 2.0) for name in names}
+        reached[OURS] = dict.fromkeys(OBJECTIVES, ours[0])
+        return replace(outcome("tiny", 1.0, 2.0, 2.0), reached=reached, guards=guards)
+
+    monkeypatch.setattr(tool, "run_world", made_up)
+    return calls, ours
+
+
+def test_the_exit_code_says_whether_the_goals_are_reached(quick, capsys):
+    """0 with a tenth of the regret, 1 with nine tenths; rivals that do not play are left out."""
+    _, ours = quick
+    for rivals, names in ((["ddk"], ["ddk", "uniform"]), (["softmax"], ["uniform"])):
+        for ours[0], code in ((1.1, 0), (1.9, 1)):
+            assert code == tool.main(["--worlds", "1", "--policies", *rivals])
+            printed = capsys.readouterr().out
+            report = json.loads(printed[printed.index("\n{\n") : printed.rindex("}") + 1])
+            found = report["goals"][0]["mean regret, as a share of that of"]
+            assert names == sorted(found)
+
+
+def test_verification_plays_other_worlds_and_guards_are_asked_for(quick, capsys):
+    """Worlds 1000 and 1001 in place of 0 and 1; everybody inside guards, and the tables say so."""
+    calls, _ = quick
+    tool.main(["--worlds", "2", "--policies", "ddk"])
+    tool.main(["--worlds", "2", "--policies", "ddk", "--verify", "--guards"])
+    assert [(0, False), (1, False), (1000, True), (1001, True)] == [(seed, held) for seed, _, held in calls]
+    assert {frozenset({"uniform", "ddk"})} == {frozenset(names) for _, names, _ in calls}
+    first, second = capsys.readouterr().out.split("2 worlds in")[:2]
+    assert "(no guards)" in first and "(default guards)" not in first
+    assert "(default guards)" in second and "(no guards)" not in second
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "201", "500"])
+def test_worlds_that_there_are_not_are_refused(number, capsys):
+    """Neither none nor fewer than asked for without a word."""
+    with pytest.raises(SystemExit):
+        tool.main(["--worlds", number])
+    assert f"--worlds {number}: must be 1 to 200" in capsys.readouterr().err
+
+
+def test_guards_hold_everybody_that_plays():
+    """A policy that wants everything from the first domain is kept at what the default cap leaves."""
+    drawn = draw_world(9)
+    names = {"uniform": SPECS["uniform"], "ddk": SPECS["ddk"]}
+    free, held = (run_world(9, names, lambda _: SPIKE, guards=g) for g in (False, True))
+    assert free.reached["uniform"] == held.reached["uniform"]
+    assert free.reached["ddk"] != held.reached["ddk"]
+    alone = power_mean(drawn.gaps(play(drawn, SPIKE)), 1.0)
+    assert alone == pytest.approx(free.reached[OURS]["mean gap"]) and free.reached[OURS] != held.reached[OURS]
+    assert (False, True) == (free.guards, held.guards)
 
 
 def test_an_unknown_policy_is_refused(capsys):

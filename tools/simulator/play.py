@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from ddkmix.policies import POLICIES, WeightPolicy, next_state, policy_of
+from ddkmix.policies import POLICIES, WeightPolicy, guarded, next_state, policy_of
 from simulator.optimum import OBJECTIVES, best_fixed, lower_bound, power_mean, random_search, value_of
 from simulator.worlds import World, draw_world
 
@@ -34,6 +34,8 @@ class Outcome:
     """By objective: no mixture does better than this."""
     reached: Mapping[str, Mapping[str, float]]
     """By contestant and objective: what the run ended with."""
+    guards: bool = False
+    """Whether everybody had a config's default guards."""
 
     def regret(self, contestant: str, objective: str) -> float:
         """Above the best fixed mixture, nats per token."""
@@ -69,6 +71,7 @@ def run_world(
     ours: Callable[[str | float], WeightPolicy] | None = None,
     *,
     kind: str | None = None,
+    guards: bool = False,
 ) -> Outcome:
     """Everybody plays in the world of a seed.
 
@@ -77,6 +80,7 @@ def run_world(
         names: specs of the contestants, by name; `uniform` must be among them.
         ours: makes our policy for an objective; None for the one of the package.
         kind: of the world; that of the seed where None.
+        guards: whether everybody has a config's default guards.
     """
     world = draw_world(seed, kind)
     shares = {name: best_fixed(world, power) for name, power in OBJECTIVES.items()}
@@ -84,14 +88,14 @@ def run_world(
     bound = {name: lower_bound(world, shares[name], power) for name, power in OBJECTIVES.items()}
     reached = {}
     for name, spec in names.items():
-        gaps = world.gaps(play(world, policy_of(spec)))
+        gaps = world.gaps(play(world, guarded(policy_of(spec), guards)))
         reached[name] = {aim: float(power_mean(gaps, power)) for aim, power in OBJECTIVES.items()}
     ours = (lambda aim: policy_of({"name": OURS, "objective": aim})) if ours is None else ours
     reached[OURS] = {
-        name: float(power_mean(world.gaps(play(world, ours(AIMS[name]))), power))
+        name: float(power_mean(world.gaps(play(world, guarded(ours(AIMS[name]), guards))), power))
         for name, power in OBJECTIVES.items()
     }
-    return Outcome(world=world, best=best, bound=bound, reached=reached)
+    return Outcome(world=world, best=best, bound=bound, reached=reached, guards=guards)
 
 
 def luck(outcome: Outcome, points: int = 2000) -> float:

@@ -20,21 +20,27 @@ def regrets(outcomes: Sequence[Outcome], contestant: str, objective: str) -> np.
 
 
 def markdown(outcomes: Sequence[Outcome], objective: str) -> str:
-    """A row for each contestant: mean (worst) regret by kind of world; the worst world against uniform."""
+    """A row for each contestant: mean (worst) regret by kind of world; the worst world against uniform.
+
+    The best fixed mixture in hindsight has none by definition; its row says what it ends with on average.
+    """
     kinds = [kind for kind in KINDS if any(outcome.world.kind == kind for outcome in outcomes)]
     names = sorted(outcomes[0].reached, key=lambda name: regrets(outcomes, name, objective).mean())
+    held = "default guards" if outcomes[0].guards else "no guards"
     lines = [
-        f"| {objective}: regret, nats | all | {' | '.join(kinds)} | against uniform |",
+        f"| {objective}: regret, nats ({held}) | all | {' | '.join(kinds)} | against uniform |",
         f"|---|{'---:|' * (len(kinds) + 2)}",
     ]
+    best = np.array([outcome.best[objective] for outcome in outcomes])
+    above = 100 * max(best / [outcome.reached["uniform"][objective] for outcome in outcomes] - 1)
+    zeros = " | ".join(["0"] * (len(kinds) + 1))
+    lines.append(f"| best fixed ({best.mean():.3f} nats) | {zeros} | {above:+.1f} % |")
     for name in names:
         groups = [outcomes, *([o for o in outcomes if o.world.kind == kind] for kind in kinds)]
         cells = [_cell(regrets(group, name, objective)) for group in groups]
         above = 100 * max(outcome.against_uniform(name, objective) for outcome in outcomes)
         bold = "**" if name == OURS else ""
         lines.append(f"| {bold}{name}{bold} | {' | '.join(cells)} | {above:+.1f} % |")
-    mean_best = np.mean([outcome.best[objective] for outcome in outcomes])
-    lines.append(f"\nBest fixed mixture in hindsight: {mean_best:.3f} on average, regret 0 by definition.")
     return "\n".join(lines)
 
 
@@ -47,7 +53,8 @@ def goals(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     found = []
     for objective in OBJECTIVES:
         own = regrets(outcomes, OURS, objective).mean()
-        shares = {name: own / regrets(outcomes, name, objective).mean() for name in RIVALS}
+        rivals = [name for name in RIVALS if name in outcomes[0].reached]
+        shares = {name: own / regrets(outcomes, name, objective).mean() for name in rivals}
         worst = max(outcomes, key=lambda outcome: outcome.against_uniform(OURS, objective))
         above = worst.against_uniform(OURS, objective)
         found.append(
@@ -65,6 +72,7 @@ def goals(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 def as_json(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Everything, world by world, with the goals; the certificate says how good the best mixtures are."""
     return {
+        "guards": outcomes[0].guards,
         "goals": goals(outcomes),
         "certificate": {
             "a better fixed mixture gains at most, nats": max(
