@@ -62,6 +62,11 @@ def _child(node: Any, part: str, override: str) -> Any:
         if node.get(part) is None:
             node[part] = {}
         child = node[part]
+    if isinstance(child, bool):  # `guards: off`
+        word = "on" if child else "off"
+        raise ConfigError(
+            f"override {override!r}: {part} is {word}; set it whole, as in {part}={{name: value}}."
+        )
     if not isinstance(child, dict | list):
         raise ConfigError(f"override {override!r}: {part} is the value {child!r}, not a section.")
     return child

@@ -25,6 +25,8 @@ def explain(error: ValidationError, where: str, root: type[BaseModel]) -> str:
     if first["type"] == "tuple_type":
         given = first["input"]
         rule = f"it must be a list{f': [{given}]' if isinstance(given, str | int | float) else ''}"
+    if first["type"] == "model_type":
+        rule = "it must be a section of settings, as in {name: value}"
     return f"{key} = {first['input']!r} in {where}; {rule[0].lower()}{rule[1:]}."
 
 

@@ -166,9 +166,9 @@ def test_every_field_says_what_it_is():
         ("mixture.interval_steps=0", "mixture.interval_steps = 0 in c.yaml; input should be greater"),
         (
             "guards=maybe",
-            "guards = 'maybe' in c.yaml; input should be a valid dictionary or instance of Guards.",
+            "guards = 'maybe' in c.yaml; it must be a section of settings, as in {name: value}.",
         ),
-        ("guards=null", "guards = None in c.yaml; input should be a valid dictionary or instance of Guards."),
+        ("guards=null", "guards = None in c.yaml; it must be a section of settings, as in {name: value}."),
         ("guards.floor=1.1", "guards.floor = 1.1 in c.yaml; input should be less than or equal to 1."),
         ("guards.cap=0", "guards.cap = 0 in c.yaml; input should be greater than 0."),
         ("guards.max_move=0", "guards.max_move = 0 in c.yaml; input should be greater than 0."),
@@ -258,8 +258,8 @@ def test_every_field_says_what_it_is():
         ("domains=code", "domains = 'code' in c.yaml; it must be a list: [code]."),
         ("tracking.trackers=wandb", "tracking.trackers = 'wandb' in c.yaml; it must be a list: [wandb]."),
         ("loss={name: uld}", "loss = {'name': 'uld'} in c.yaml; it must be a list."),
-        ("trainer=20", "trainer = 20 in c.yaml; input should be a valid dictionary"),
-        ("policy=ddk", "policy = 'ddk' in c.yaml; input should be a valid dictionary"),
+        ("trainer=20", "trainer = 20 in c.yaml; it must be a section of settings"),
+        ("policy=ddk", "policy = 'ddk' in c.yaml; it must be a section of settings"),
         ("policy={}", "policy.name is missing in c.yaml; it has no default."),
         ("loss=[{weight: 1}]", "loss.0.name is missing in c.yaml; it has no default."),
         ("tracking.trackers=[1]", "tracking.trackers.0 = 1 in c.yaml; input should be a valid string."),
@@ -550,6 +550,12 @@ def test_a_value_may_hold_an_equals_sign():
 def test_a_wrong_override_is_one_line(override, message):
     """The message shows the override and says what is wrong with it."""
     assert message == message_of(override)
+
+
+def test_a_part_of_guards_that_are_off_names_the_whole():
+    """`guards: off` is no section that one value could go into."""
+    expected = "override 'guards.cap=0.4': guards is off; set it whole, as in guards={name: value}."
+    assert expected == message_of("guards=off", "guards.cap=0.4")
 
 
 def test_an_override_that_asks_for_a_python_object_is_refused(tmp_path):
