@@ -214,6 +214,20 @@ def slow(seconds: float, *, pieces: int = 1) -> Fault:
     return fault
 
 
+def together(barrier: threading.Barrier) -> Fault:
+    """No answer before as many requests as the barrier has parties are under way; nothing if it breaks."""
+
+    def fault(handler: Handler) -> None:
+        try:
+            barrier.wait()
+        except threading.BrokenBarrierError:
+            handler.close_connection = True
+            return
+        handler.body(handler.answer_head())
+
+    return fault
+
+
 def silent(seconds: float) -> Fault:
     """No answer at all, for a while; then the connection is closed."""
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,10 +41,10 @@ def test_a_web_server_with_ranges(web: WebServer, settings: Storage) -> None:
 
 def test_a_web_server_without_ranges(plain_web: WebServer, settings: Storage) -> None:
     """It sends everything; the size is in the head, and the body is not waited for."""
-    url = plain_web.put("a.tar", CONTENT, servers.slow(5.0))
+    url = plain_web.put("a.tar", CONTENT, servers.slow(30.0))
     start = time.monotonic()
     assert Stat(size=300_000, mark=None, ranges=False) == stat(url, settings)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 15
 
 
 def test_an_empty_file(web: WebServer, plain_web: WebServer, settings: Storage) -> None:
@@ -149,11 +150,11 @@ def test_ranges_of_several_stores_in_one_call(
 
 
 def test_requests_of_a_call_are_under_way_together(web: WebServer, settings: Storage) -> None:
-    """Twenty slow answers take as long as one."""
-    urls = [web.put(f"{i}.tar", CONTENT, servers.slow(0.3)) for i in range(20)]
-    start = time.monotonic()
-    read_ranges([(url, 5, 10) for url in urls], settings)
-    assert time.monotonic() - start < 3
+    """Twenty answers, of which none comes before all are asked for."""
+    barrier = threading.Barrier(20, timeout=30)
+    urls = [web.put(f"{i}.tar", CONTENT, servers.together(barrier)) for i in range(20)]
+    assert [CONTENT[5:15]] * 20 == read_ranges([(url, 5, 10) for url in urls], settings)
+    assert not barrier.broken
 
 
 def test_the_end_of_a_file_can_be_read(web: WebServer, settings: Storage) -> None:
@@ -274,7 +275,7 @@ def test_retry_after_is_kept(web: WebServer, settings: Storage) -> None:
     read_ranges([(url, 5, 1)], settings)
     start = time.monotonic()
     assert [CONTENT[5:6]] == read_ranges([(url, 5, 1)], settings, backoff_s=FAST)
-    assert 1.0 <= time.monotonic() - start < 2
+    assert time.monotonic() - start >= 1.0
 
 
 def test_slow_but_steady_is_no_failure(web: WebServer, tmp_path: Path) -> None:
