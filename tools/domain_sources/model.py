@@ -87,6 +87,16 @@ class Document:
     """UTF-8 text."""
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt and its response, as a package has them."""
+
+    name: str
+    """`package/place`, unique in its domain."""
+    prompt: str
+    response: str
+
+
 def load_manifest(path: Path) -> tuple[dict[str, Package], dict[str, Domain]]:
     """Return the packages and the domains of a manifest, both by name."""
     tree = yaml.safe_load(path.read_text(encoding="utf-8"))
