@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from string import Formatter
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
@@ -69,6 +70,56 @@ class ReferenceLoss(Section):
         return self
 
 
+_FIELD = r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$"
+Column = Annotated[str, Field(pattern=_FIELD)]
+
+
+class PromptResponse(Section):
+    """Which fields hold the examples of a prompt domain: chat messages, or a prompt and its response."""
+
+    messages: Column | None = None
+    """A list of {role, content}, the last of which is the assistant's; written by the tokenizer's own chat
+    template."""
+    prompt: Column | None = None
+    response: Column | None = None
+    context: Column | None = None
+    """What the prompt is about; may be null."""
+    template: str | None = None
+    """What is written before the response: text with {prompt} and, where there is a context, {context}. When
+    unset, the context and a blank line where there is one, the prompt, and a line break."""
+    end_of_turn: str | None = None
+    """Token behind a response. Unset: the one that the chat template ends an assistant's turn with; of plain
+    fields the tokenizer's end-of-sequence token."""
+    long_responses: Literal["leave_out", "cut"] = "leave_out"
+    """What becomes of an example whose response does not fit into its row behind the prompt: it is left out,
+    or its response is cut where the row ends, without the end of the turn. Both are counted."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "PromptResponse":
+        plain = [
+            key for key in ("prompt", "response", "context", "template") if getattr(self, key) is not None
+        ]
+        if self.messages is not None and plain:
+            raise ValueError(f"messages and {plain[0]} exclude each other: chat messages, or plain fields")
+        if self.messages is None and (self.prompt is None or self.response is None):
+            raise ValueError("name messages, or both prompt and response")
+        if self.template is not None:
+            _check_template(self.template, {"prompt"} | ({"context"} if self.context is not None else set()))
+        return self
+
+
+def _check_template(template: str, wanted: set[str]) -> None:
+    """Raises ValueError unless a template holds just these names, plainly: nothing in it is evaluated."""
+    parts = list(Formatter().parse(template))
+    for _, name, spec, conversion in parts:
+        if name is not None and (name not in wanted or spec or conversion):
+            written = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            known = " and ".join(f"{{{one}}}" for one in sorted(wanted))
+            raise ValueError(f"template holds {{{written}}}; it may hold {known}, and {{{{ for a brace")
+    if lacking := sorted(wanted - {name for _, name, _, _ in parts}):
+        raise ValueError(f"template lacks {{{lacking[0]}}}")
+
+
 class HeldOutShare(Section):
     """Documents taken from the train shards, chosen by their content."""
 
@@ -106,8 +157,11 @@ class Card(Section):
     name: Annotated[str, Field(pattern=NAME)]
     """Lower-case letters, digits, _ and -; seeds and file names derive from it."""
     description: str = ""
-    text_field: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$")] = "txt"
+    text_field: Column = "txt"
     """What holds the text: a tar's member `txt` or `text`, or `json.FIELD`; elsewhere a column."""
+    prompt_response: PromptResponse | None = None
+    """In place of text_field: fields of an object (JSON lines, Parquet, a tar's member `json`) that hold a
+    prompt and its response. Such a document is a row of its own, and only its response is predicted."""
     train: Entries | None = None
     """Shards to learn from."""
     held_out: HeldOut | None = None
@@ -128,6 +182,12 @@ class Card(Section):
     """What the student's loss is compared with where there is no teacher to measure, or
     `evaluation.reference` is `cards`."""
     sources: tuple[Source, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_content(self) -> "Card":
+        if self.prompt_response is not None and "text_field" in self.model_fields_set:
+            raise ValueError("text_field and prompt_response exclude each other; remove one of them")
+        return self
 
 
 def read_card(path: Path) -> Card:
@@ -155,8 +215,15 @@ def _explain(error: ValidationError, path: Path) -> str:
         section: type[Section] = Card
         if len(first["loc"]) > 1:
             section = DatasetEntry if "a dataset" in tags else HeldOutShare if "a share" in tags else Source
-            section = ReferenceLoss if first["loc"][0] == "reference_loss" else section
+            named: dict[str, type[Section]] = {
+                "reference_loss": ReferenceLoss,
+                "prompt_response": PromptResponse,
+            }
+            section = named.get(str(first["loc"][0]), section)
         return f"{path}: unknown key {key!r}; {did_you_mean(str(first['loc'][-1]), section.model_fields)}"
     if first["type"] == "missing":
         return f"{path}: {key} is missing; {NEEDS}"
-    return f"{path}: {key or 'card'} = {first['input']!r}; {first['msg']}."
+    rule = first["msg"].removeprefix("Value error, ")
+    if not key and isinstance(first["input"], dict):  # of the card as a whole, which would fill the line
+        return f"{path}: {rule}."
+    return f"{path}: {key or 'card'} = {first['input']!r}; {rule}."

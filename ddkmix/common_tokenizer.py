@@ -10,8 +10,10 @@ from ddkmix.alignment import is_byte_level, token_bytes
 from ddkmix.config import RunConfig
 from ddkmix.domains import Domain
 from ddkmix.errors import ConfigError, DataError, ModelError
+from ddkmix.index import DomainRows
 from ddkmix.losses import LossTerm
 from ddkmix.pack import read_packed
+from ddkmix.prompts import find_format
 from ddkmix.storage.location import is_remote
 from ddkmix.tokenizer import TokenizerCard, read_tokenizer, tokenizer_fingerprint
 
@@ -116,6 +118,42 @@ def check_student_tokenizer(config: RunConfig, tokenizer: TokenizerCard) -> None
             "compared and a token id means different text. Use a student with the teacher's tokenizer, or "
             "the losses uld or gold, which compare two vocabularies."
         )
+
+
+def check_prompts(
+    domains: Sequence[Domain], tokenizer: TokenizerCard, teacher_tokenizer: TokenizerCard | None
+) -> None:
+    """Check that the tokenizer of the rows can write what prompt domains hold; nothing is read of them.
+
+    Raises:
+        ModelError: it has no chat template that can write messages.
+        ConfigError: nobody says which token ends a turn.
+        DataError: the teacher has another tokenizer, and would be asked in a way of its own.
+    """
+    for domain in domains:
+        if domain.prompt_response is None:
+            continue
+        if teacher_tokenizer is not None:
+            raise _two_tokenizers(domain.name)
+        find_format(domain.prompt_response, tokenizer, where=str(domain.card))
+
+
+def refuse_prompts(rows: DomainRows) -> None:
+    """Refuse packed prompts and responses where two models read the rows, each in its own tokens.
+
+    Raises:
+        DataError: the rows are such.
+    """
+    if rows.are_prompts:
+        raise _two_tokenizers(rows.domain)
+
+
+def _two_tokenizers(domain: str) -> DataError:
+    return DataError(
+        f"domain {domain!r} holds prompts and responses, which are written as one tokenizer's models expect "
+        "them, and student and teacher have different tokenizers; use models that share one, or leave the "
+        "domain out."
+    )
 
 
 def _is_across(term: LossTerm) -> bool:

@@ -17,7 +17,16 @@ from glob import escape, glob  # Path.glob takes no absolute pattern
 from pathlib import Path
 from typing import Any, Literal
 
-from ddkmix.card import NEEDS, Card, DatasetEntry, HeldOutShare, ReferenceLoss, Source, read_card
+from ddkmix.card import (
+    NEEDS,
+    Card,
+    DatasetEntry,
+    HeldOutShare,
+    PromptResponse,
+    ReferenceLoss,
+    Source,
+    read_card,
+)
 from ddkmix.config import Storage
 from ddkmix.document_shards import (
     DocumentShard,
@@ -48,6 +57,8 @@ class Domain:
     rows: str | None = None
     """Path or URL of the packed rows; then there are no shards of documents."""
     text_field: str = "txt"
+    prompt_response: PromptResponse | None = None
+    """Where the documents are prompts with responses: which fields hold them, in place of text_field."""
     max_epochs: float | None = None
     prior: float | None = None
     teacher: str | None = None
@@ -114,7 +125,7 @@ def _load(path: Path, storage: Storage) -> Domain:
 
 
 def _packed(card: Card, path: Path, storage: Storage) -> dict[str, Any]:
-    for key in ("train", "held_out", "sha256"):
+    for key in ("train", "held_out", "sha256", "prompt_response"):
         if getattr(card, key):
             raise DataError(f"{path}: {key} beside rows; packed rows hold both splits. Remove one of them.")
     assert card.rows is not None
@@ -144,7 +155,13 @@ def _documents(card: Card, path: Path, storage: Storage) -> dict[str, Any]:
         held_out = _shards(card, card.held_out, path, "held_out", storage, found)
     if unknown := sorted(set(card.sha256) - found):
         raise DataError(f"{path}: sha256 names {unknown[0]!r}, which is no shard of the card; correct it.")
-    return {"train": train, "held_out": held_out, "share_of_train": share, "text_field": card.text_field}
+    return {
+        "train": train,
+        "held_out": held_out,
+        "share_of_train": share,
+        "text_field": card.text_field,
+        "prompt_response": card.prompt_response,
+    }
 
 
 def _shards(

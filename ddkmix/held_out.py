@@ -27,7 +27,7 @@ class HeldOut:
     places: tuple[tuple[int, int], ...]
     """(shard, row) of each."""
     num_tokens: Int[np.ndarray, " R"]
-    """Predicted tokens of each row."""
+    """Predicted tokens of each row: all but the first, of a prompt and its response those of the response."""
     num_bytes: Int[np.ndarray, " R"]
     """Bytes of text that they cover."""
 
@@ -46,11 +46,14 @@ class HeldOut:
         reader = RowReader(self.rows, remote=byte_reader(storage))
 
         def read(chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-            ids = _read(reader, np.array([self.places[i] for i in chosen]))
-            input_ids = torch.from_numpy(ids)
-            valid = torch.from_numpy(self.num_tokens[list(chosen)] + 1)
-            padding = torch.arange(ids.shape[1]) >= valid[:, None]
-            return input_ids, input_ids.masked_fill(padding, IGNORE)
+            places = np.array([self.places[i] for i in chosen])
+            input_ids = torch.from_numpy(_read(reader, places))
+            prompts = torch.from_numpy(self.rows.prompt_tokens(places[:, 0], places[:, 1]))
+            # behind a text's first token, or behind its prompt, so many are predicted
+            ends = prompts.clamp(min=1) + torch.from_numpy(self.num_tokens[list(chosen)])
+            index = torch.arange(input_ids.shape[1])
+            ignored = (index < prompts[:, None]) | (index >= ends[:, None])
+            return input_ids, input_ids.masked_fill(ignored, IGNORE)
 
         return OpenRows(read, reader.close)
 
@@ -89,17 +92,22 @@ def select_rows(rows: DomainRows, limit: int) -> HeldOut:
         shard_rows=rows.shard_rows,
         seed=0,
         block_rows=rows.num_rows,
+        kept_rows=rows.kept_rows,
     )
     located = (locate(order, j) for j in range(rows.num_rows))
-    places = sorted(islice((p for p in located if rows.shards[p[0]].num_tokens[p[1]] > 1), limit))
+    places = sorted(islice((p for p in located if _predicted(rows, *p) > 0), limit))
     if not places:
         raise DataError(f"domain {rows.domain!r}: its held-out rows have no token to predict; add text.")
     return HeldOut(
         rows=rows,
         places=tuple(places),
-        num_tokens=np.array([rows.shards[s].num_tokens[r] - 1 for s, r in places], dtype=np.int64),
+        num_tokens=np.array([_predicted(rows, *place) for place in places], dtype=np.int64),
         num_bytes=np.array([rows.shards[s].num_bytes[r] for s, r in places], dtype=np.int64),
     )
+
+
+def _predicted(rows: DomainRows, shard: int, row: int) -> int:
+    return rows.tokens_at(shard, row) - max(rows.prompt_tokens_at(shard, row), 1)
 
 
 def _read(reader: RowReader, places: Int[np.ndarray, "B 2"]) -> Int[np.ndarray, "B T"]:

@@ -1,12 +1,14 @@
 """Where each packed row lies, and reading one row with one system call.
 
 A packed shard is a WebDataset tar of `.npy` rows (any WebDataset reader opens it) with a small sidecar
-index `<shard>.index.npz`: the byte offset of each row's tokens, how many of them are text, and how many
-bytes of text they predict. One index per shard, never one database.
+index `<shard>.index.npz`: the byte offset of each row's tokens, how many of them are text, how many bytes of
+text they predict, and how many of them are a prompt, where rows are prompts and responses. One index per
+shard, never one database.
 """
 
 import json
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from lzma import LZMAError
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-from jaxtyping import Int, UInt
+from jaxtyping import Bool, Int, UInt
 
 from ddkmix.errors import DataError
 from ddkmix.fingerprint import replacing
@@ -34,6 +36,8 @@ _DAMAGE = (
 )
 """What numpy, zipfile and json raise on damaged files; a test flips bytes to find them."""
 
+_PROMPTS = "num_prompt_tokens"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ShardIndex:
@@ -50,7 +54,7 @@ class ShardIndex:
     num_tokens: Int[np.ndarray, " R"]
     """Tokens of text and separators in each row; the rest, at the end, is padding."""
     num_bytes: Int[np.ndarray, " R"]
-    """UTF-8 bytes of the text that the row's predicted tokens (all but its first) cover."""
+    """UTF-8 bytes of the text that the row's predicted tokens (all but its first, or its prompt) cover."""
     crc32: UInt[np.ndarray, " R"]
     """CRC-32 of the bytes of each row's `num_tokens` tokens, checked whenever it is read."""
     seq_len: int
@@ -58,6 +62,8 @@ class ShardIndex:
     """numpy type of a stored token, little-endian ("<u2" or "<u4")."""
     report: dict[str, Any]
     """What packing the shard kept and dropped."""
+    num_prompt_tokens: Int[np.ndarray, " R"] | None = None
+    """The first tokens of each row, which are given and not predicted; None where rows are text."""
 
     @property
     def num_rows(self) -> int:
@@ -95,6 +101,9 @@ def write_index(index: ShardIndex) -> None:
         "sha256": index.sha256,
         "report": index.report,
     }
+    prompts: dict[str, Any] = {}
+    if index.num_prompt_tokens is not None:
+        prompts = {_PROMPTS: index.num_prompt_tokens}
     with replacing(index_path(Path(index.location))) as file:
         np.savez(
             file,
@@ -103,6 +112,7 @@ def write_index(index: ShardIndex) -> None:
             num_bytes=index.num_bytes,
             crc32=index.crc32,
             meta=np.array(json.dumps(meta)),
+            **prompts,
         )
 
 
@@ -147,6 +157,7 @@ def read_sidecar(sidecar: Path, location: str) -> ShardIndex:
                 seq_len=meta["seq_len"],
                 dtype=meta["dtype"],
                 report=meta["report"],
+                num_prompt_tokens=arrays.get(_PROMPTS),
             )
     except _DAMAGE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -161,6 +172,8 @@ class RowPlaces:
     offsets: Int[np.ndarray, " R"]
     num_tokens: Int[np.ndarray, " R"]
     crc32: UInt[np.ndarray, " R"]
+    num_prompt_tokens: Int[np.ndarray, " R"] | None = None
+    """None where rows are text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -177,6 +190,11 @@ class DomainRows:
     """The card's limit."""
     prior: float | None = None
     """The card's share in the natural mixture."""
+    end_of_turn_id: int | None = None
+    """The last token of a response; None where rows are text."""
+    kept: Bool[np.ndarray, " R"] | None = None
+    """Which rows of all shards, end to end, are served; None where all are. Counts are of these, places and
+    names are those of the shard: whoever knows a row's place may read it, served or not."""
     places: RowPlaces = field(init=False, repr=False)
     """The indices of `shards` end to end; those are views of it, so that nothing is kept twice."""
 
@@ -188,13 +206,16 @@ class DomainRows:
             offsets=np.concatenate([shard.offsets for shard in self.shards]),
             num_tokens=np.concatenate([shard.num_tokens for shard in self.shards]),
             crc32=np.concatenate([shard.crc32 for shard in self.shards]),
+            num_prompt_tokens=_end_to_end([shard.num_prompt_tokens for shard in self.shards]),
         )
+        prompts = places.num_prompt_tokens
         views = tuple(
             replace(
                 shard,
                 offsets=places.offsets[start:end],
                 num_tokens=places.num_tokens[start:end],
                 crc32=places.crc32[start:end],
+                num_prompt_tokens=None if prompts is None else prompts[start:end],
             )
             for shard, start, end in zip(self.shards, places.starts, ends, strict=True)
         )
@@ -204,21 +225,65 @@ class DomainRows:
     @property
     def num_rows(self) -> int:
         """Rows over all shards."""
-        return len(self.places.offsets)
+        return len(self.places.offsets) if self.kept is None else int(self.kept.sum())
 
     @property
     def shard_rows(self) -> tuple[int, ...]:
         """Rows of each shard."""
-        return tuple(shard.num_rows for shard in self.shards)
+        if self.kept is None:
+            return tuple(shard.num_rows for shard in self.shards)
+        before = np.concatenate([[0], np.cumsum(self.kept)])
+        ends = [*self.places.starts[1:], len(self.kept)]
+        return tuple((before[ends] - before[self.places.starts]).tolist())
+
+    @property
+    def kept_rows(self) -> Int[np.ndarray, " n"] | None:
+        """Number in its shard of each row that is served, shard after shard; None where all are."""
+        if self.kept is None:
+            return None
+        served = np.flatnonzero(self.kept)
+        return served - np.repeat(self.places.starts, self.shard_rows)
 
     def tokens_at(self, shard: int, row: int) -> int:
         """Tokens of a row, without padding."""
         return int(self.shards[shard].num_tokens[row])
 
     @property
+    def are_prompts(self) -> bool:
+        """Whether each row is a prompt and its response; else it is text."""
+        return self.places.num_prompt_tokens is not None
+
+    def prompt_tokens(
+        self, shards: Int[np.ndarray, " n"], rows: Int[np.ndarray, " n"]
+    ) -> Int[np.ndarray, " n"]:
+        """Tokens of each row's prompt; 0 of text."""
+        places, prompts = self.places.starts[shards] + rows, self.places.num_prompt_tokens
+        return np.zeros(len(places), dtype=np.int64) if prompts is None else prompts[places]
+
+    def prompt_tokens_at(self, shard: int, row: int) -> int:
+        """Tokens of a row's prompt; 0 of text."""
+        prompts = self.shards[shard].num_prompt_tokens
+        return 0 if prompts is None else int(prompts[row])
+
+    def counted_tokens_at(self, shard: int, row: int) -> int:
+        """What a row counts where weights are shares of tokens: its tokens without padding, of a prompt and
+        its response those of the response."""
+        return self.tokens_at(shard, row) - self.prompt_tokens_at(shard, row)
+
+    @property
+    def counted_tokens(self) -> int:
+        """`counted_tokens_at` over all rows."""
+        prompts = self.places.num_prompt_tokens
+        return self.num_tokens - (0 if prompts is None else int(prompts.sum(where=self._served)))
+
+    @property
     def num_tokens(self) -> int:
         """Tokens without padding over all shards."""
-        return int(self.places.num_tokens.sum())
+        return int(self.places.num_tokens.sum(where=self._served))
+
+    @property
+    def _served(self) -> Any:
+        return True if self.kept is None else self.kept
 
     @property
     def seq_len(self) -> int:
@@ -233,3 +298,10 @@ class DomainRows:
     def name_of(self, shard: int, row: int) -> str:
         """The name of a row, the same under every mixture: `code/train-000003.tar#17`."""
         return f"{self.domain}/{self.shards[shard].name}#{row}"
+
+
+def _end_to_end(prompts: Sequence[Int[np.ndarray, " _"] | None]) -> Int[np.ndarray, " R"] | None:
+    found = [one for one in prompts if one is not None]
+    if len(found) not in (0, len(prompts)):
+        raise DataError("some shards of a domain hold prompts and others text; pack them again.")
+    return np.concatenate(found) if found else None

@@ -2,6 +2,9 @@
 
     epoch = j // rows;  shards permuted per epoch;  rows permuted inside blocks of that shard order
 
+Where only some rows of a shard are served (`kept_rows`), they are counted among themselves up to here, and
+get their number in the shard at the very end: a row has the same place and name under every selection.
+
 Every permutation comes from (run seed, domain *name*, epoch), so adding a domain or a rank changes nobody
 else's order, and no shuffle buffer exists that would have to be saved. Permutations are an argsort of raw
 Philox output because numpy promises that stream for ever, which it does not for `Generator.permutation`.
@@ -31,12 +34,16 @@ class DomainOrder:
     """The run's seed."""
     block_rows: int = 8192
     """Rows are permuted inside blocks of this many."""
+    kept_rows: Int[np.ndarray, " R"] | None = None
+    """Number in its shard of each row that is served, shard after shard; None where all are. `shard_rows`
+    counts these alone."""
     num_rows: int = field(init=False)
     """Rows in an epoch."""
     _memory: OrderedDict[Any, Any] = field(init=False, repr=False, default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_rows", sum(self.shard_rows))
+        assert self.kept_rows is None or len(self.kept_rows) == self.num_rows
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_memory": OrderedDict()}
@@ -68,6 +75,14 @@ def locate_rows(
     return places[:, 0], places[:, 1]
 
 
+def place_of(order: DomainOrder, number: int) -> tuple[int, int]:
+    """The place (shard, row in shard) of the domain's n-th row in the order of the shards, from 0."""
+    starts = np.cumsum(order.shard_rows) - order.shard_rows
+    shard = int(np.searchsorted(starts, number, side="right")) - 1
+    row = number - starts[shard] if order.kept_rows is None else order.kept_rows[number]
+    return shard, int(row)
+
+
 def shards_from(order: DomainOrder, j: int) -> list[int]:
     """The shards of the rows from j to the end of the next block, in the order of their first use."""
     used: dict[int, None] = {}
@@ -93,7 +108,11 @@ def _permuted_block(
     places = start + _permutation(size, order.seed, order.domain, epoch, f"block {block}")
     shards, starts = _remembered(order, ("shards", epoch), lambda: _permuted_shards(order, epoch))
     i = np.searchsorted(starts, places, side="right") - 1
-    return shards[i].astype(np.int32), (places - starts[i]).astype(np.int32)
+    rows = places - starts[i]
+    if order.kept_rows is not None:
+        before = np.cumsum(order.shard_rows) - order.shard_rows
+        rows = order.kept_rows[before[shards[i]] + rows]
+    return shards[i].astype(np.int32), rows.astype(np.int32)
 
 
 def _permuted_shards(order: DomainOrder, epoch: int) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:

@@ -17,7 +17,7 @@ from jaxtyping import Int, UInt
 
 from ddkmix.errors import DataError, RowError
 from ddkmix.index import DomainRows
-from ddkmix.order import locate_rows
+from ddkmix.order import locate_rows, place_of
 from ddkmix.rows import OpenFiles, RowReader
 from ddkmix.storage.reader import ByteReader
 from ddkmix.stream import Stream
@@ -84,6 +84,8 @@ class RowBatch:
     num_tokens: Int[np.ndarray, " b"]
     tokens: UInt[np.ndarray, "b T"] | None = None
     """Of the stored type; None while they are in the ring."""
+    num_prompt_tokens: Int[np.ndarray, " b"] | None = None
+    """The first tokens of each row, which are given and not predicted, 0 of text; None where all are text."""
     substitutions: tuple[Substitution, ...] = ()
     error: DataError | None = None
     """As a value: raised in a worker, its traceback would bury the message."""
@@ -144,28 +146,31 @@ class TaskReader:
         else:
             tokens = self._ring.slot(task.slot)
         try:
-            num_tokens, substitutions = self._read(task, tokens)
+            num_tokens, prompts, substitutions = self._read(task, tokens)
         except DataError as error:
             return RowBatch(task.version, task.slot, task.row_numbers, error=error)
         sent = tokens if self._ring is None else None
-        return RowBatch(task.version, task.slot, num_tokens, sent, substitutions)
+        return RowBatch(task.version, task.slot, num_tokens, sent, prompts, substitutions)
 
     def _read(
         self, task: Task, tokens: UInt[np.ndarray, "b T"]
-    ) -> tuple[Int[np.ndarray, " b"], tuple[Substitution, ...]]:
+    ) -> tuple[Int[np.ndarray, " b"], Int[np.ndarray, " b"] | None, tuple[Substitution, ...]]:
         num_tokens = np.empty(len(tokens), dtype=np.int64)
+        prompts = np.zeros_like(num_tokens)
         substitutions: list[Substitution] = []
         parts = list(self._parts(task))
         answers = self._ask(parts)
         for part in parts:
             failures = self._fill(part, tokens[part.slots], num_tokens[part.slots], answers)
+            prompts[part.slots] = part.reader.rows.prompt_tokens(part.shards, part.rows)
             for i, failure in failures.items():
                 bad = int(part.shards[i]), int(part.rows[i])
-                record, row, length = self._substitute(part.domain, int(part.numbers[i]), bad, failure)
+                record, row, place = self._substitute(part.domain, int(part.numbers[i]), bad, failure)
                 slot = part.slots.start + i
-                tokens[slot], num_tokens[slot] = row, length
+                tokens[slot], num_tokens[slot] = row, part.reader.rows.tokens_at(*place)
+                prompts[slot] = part.reader.rows.prompt_tokens_at(*place)
                 substitutions.append(record)
-        return num_tokens, tuple(substitutions)
+        return num_tokens, prompts if prompts.any() else None, tuple(substitutions)
 
     def _parts(self, task: Task) -> Iterator[_Part]:
         ids = task.domain_ids
@@ -201,15 +206,14 @@ class TaskReader:
 
     def _substitute(
         self, domain: int, j: int, bad: tuple[int, int], failure: RowError
-    ) -> tuple[Substitution, UInt[np.ndarray, " T"], int]:
-        """A row that depends on seed, domain and j alone, whoever reads it."""
+    ) -> tuple[Substitution, UInt[np.ndarray, " T"], tuple[int, int]]:
+        """A row that depends on seed, domain and j alone, whoever reads it; and its shard and number."""
         reader, order = self._readers[domain], self._orders[domain]
-        starts = reader.rows.places.starts
         for attempt in range(_ATTEMPTS):
             key = f"{order.seed}\0{order.domain}\0{j}\0{attempt}".encode()
-            place = int.from_bytes(blake2b(key, digest_size=8).digest()) % order.num_rows
-            shard = int(np.searchsorted(starts, place, side="right")) - 1
-            row = place - int(starts[shard])
+            shard, row = place_of(
+                order, int.from_bytes(blake2b(key, digest_size=8).digest()) % order.num_rows
+            )
             try:
                 tokens = reader.read(shard, row)
             except RowError:
@@ -224,7 +228,7 @@ class TaskReader:
                 substitute_row=row,
                 reason=str(failure),
             )
-            return record, tokens, int(reader.rows.places.num_tokens[place])
+            return record, tokens, (shard, row)
         raise DataError(f"{failure} {_ATTEMPTS} substitutes of the domain are damaged too.")
 
 

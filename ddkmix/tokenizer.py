@@ -5,6 +5,7 @@ change how text becomes ids (truncation, padding, the template of special tokens
 leaves those out: it answers "do teacher and student read text alike?".
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class TokenizerCard:
     separator_id: int
     vocab_size: int
     """One more than the largest token id."""
+    revision: str | None = None
+    """Hub revision."""
 
 
 def read_tokenizer(name: str, *, revision: str | None = None, separator: str | None = None) -> TokenizerCard:
@@ -66,6 +69,7 @@ def read_tokenizer(name: str, *, revision: str | None = None, separator: str | N
         separator=token,
         separator_id=ids[token],
         vocab_size=max(ids.values()) + 1,
+        revision=revision,
     )
 
 
@@ -76,6 +80,40 @@ def tokenizer_fingerprint(name: str, revision: str | None = None) -> str:
         ModelError: the files are not there or are not a fast tokenizer's.
     """
     return _fingerprint(read_json_object(model_file(name, "tokenizer.json", revision)))
+
+
+def token_ids(tokenizer: TokenizerCard) -> dict[str, int]:
+    """Every token of a tokenizer, as it is written, with its id."""
+    return _token_ids(read_json_object(tokenizer.path))
+
+
+def special_tokens(tokenizer: TokenizerCard) -> dict[str, int]:
+    """The tokens that no ordinary text is made of, with their ids, in the tokenizer's order."""
+    added = read_json_object(tokenizer.path).get("added_tokens", [])
+    return {entry["content"]: entry["id"] for entry in added if entry.get("special") and entry["content"]}
+
+
+def stop_ids(name: str, tokens: Sequence[str], revision: str | None = None) -> tuple[int, ...]:
+    """The ids of the tokens that end a response, increasing.
+
+    Args:
+        name: local folder or Hub id of a model.
+        tokens: of its tokenizer; the end-of-sequence token when there are none.
+        revision: Hub revision.
+
+    Raises:
+        ModelError: the tokenizer's files are not there.
+        ConfigError: something is no token, or nothing is named and there is no end-of-sequence token.
+    """
+    ids = _token_ids(read_json_object(model_file(name, "tokenizer.json", revision)))
+    wanted = tokens or (_eos_token(name, revision, "generate.stop to the token that ends a response"),)
+    for token in wanted:
+        if token not in ids:
+            raise ConfigError(
+                f"generate.stop = {list(tokens)}: {token!r} is not a token of {name}; name the token that "
+                "its template puts behind a response."
+            )
+    return tuple(sorted({ids[token] for token in wanted}))
 
 
 def check_separator(tokenizer: TokenizerCard) -> None:
@@ -89,11 +127,7 @@ def check_separator(tokenizer: TokenizerCard) -> None:
     """
     from tokenizers import Tokenizer
 
-    special = [
-        entry["content"]
-        for entry in read_json_object(tokenizer.path).get("added_tokens", [])
-        if entry.get("special")
-    ]
+    special = list(special_tokens(tokenizer))
     separator = tokenizer.separator
     if separator not in special:
         raise ConfigError(
@@ -124,11 +158,13 @@ def _token_ids(tree: dict[str, Any]) -> dict[str, int]:
     return ids
 
 
-def _eos_token(name: str, revision: str | None) -> str:
+def _eos_token(
+    name: str, revision: str | None, setting: str = "pack.separator to the token between documents"
+) -> str:
     path = model_file(name, "tokenizer_config.json", revision)
     token = read_json_object(path).get("eos_token")
     if isinstance(token, dict):
         token = token.get("content")
     if not isinstance(token, str):
-        raise ConfigError(f"{path} names no eos_token; set pack.separator to the token between documents.")
+        raise ConfigError(f"{path} names no eos_token; set {setting}.")
     return token

@@ -24,6 +24,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+PLAIN = {"prompt": "p", "response": "r"}
+
+
 def write_card(path: Path, **changes: Any) -> Path:
     """A sound card with some keys changed; None leaves a key out."""
     card = {"name": "code", "train": "train-0.tar", "held_out": "held_out.tar", "license": "MIT", **changes}
@@ -172,6 +175,35 @@ def test_no_card_is_refused(folder: Path) -> None:
         ("name = 3; Input should be a valid string", {"name": 3}),
         ("text_field = 'a b'; String should match pattern", {"text_field": "a b"}),
         ("text_field = 'json.'; String should match pattern", {"text_field": "json."}),
+        *(
+            (message, {"text_field": None, "prompt_response": value})
+            for message, value in {
+                "prompt_response = {}; name messages, or both prompt and response.": {},
+                "prompt_response = {'prompt': 'p'}; name messages, or both": {"prompt": "p"},
+                "messages and prompt exclude each other": {"messages": "m", "prompt": "p"},
+                "unknown key 'prompt_response.promt'; did you mean 'prompt'?": {"promt": "p"},
+                "template holds {prompt!r}; it may hold {prompt}, and {{ for a": {
+                    **PLAIN,
+                    "template": "{prompt!r}",
+                },
+                "template holds {prompt.__class__}; it may": {**PLAIN, "template": "{prompt.__class__}"},
+                "template holds {prompt:>9}; it may": {**PLAIN, "template": "{prompt:>9}"},
+                "template holds {response}; it may": {**PLAIN, "template": "{prompt}{response}"},
+                "template holds {}; it may": {**PLAIN, "template": "{}"},
+                "template lacks {prompt}.": {**PLAIN, "template": "x"},
+                "template lacks {context}.": {**PLAIN, "context": "c", "template": "{prompt}"},
+                "expected '}' before end of string": {**PLAIN, "template": "{prompt"},
+                "prompt_response.messages = 'a b'; String should match pattern": {"messages": "a b"},
+                "long_responses = 'keep'; Input should be 'leave_out' or 'cut'": {
+                    **PLAIN,
+                    "long_responses": "keep",
+                },
+            }.items()
+        ),
+        (
+            "text_field and prompt_response exclude each other; remove one of them.",
+            {"text_field": "txt", "prompt_response": {"messages": "m"}},
+        ),
         ("max_epochs = 0; Input should be greater than 0", {"max_epochs": 0}),
         ("max_epochs = inf; Input should be a finite number", {"max_epochs": float("inf")}),
         ("prior = -1; Input should be greater than 0", {"prior": -1}),
@@ -457,3 +489,16 @@ def test_a_checksum_that_fits_two_shards_is_refused(folder: Path) -> None:
     card = write_card(folder / "code.yaml", train="{a,b}/0.tar", sha256={"0.tar": "1" * 64})
     assert "'0.tar' fits" in refusal(card)
     assert "write more of the path before it" in refusal(card)
+
+
+def test_a_card_of_prompts(folder: Path) -> None:
+    """What it says of an example reaches the domain; of text nothing does."""
+    chat = load(folder, prompt_response={"messages": "json.chat", "long_responses": "cut"}).prompt_response
+    assert chat is not None
+    assert ("json.chat", "cut", None) == (chat.messages, chat.long_responses, chat.end_of_turn)
+    template = "{{x}} {context}: {prompt}"
+    plain = {**PLAIN, "context": "a.b", "template": template}
+    found = load(folder, prompt_response=plain).prompt_response
+    assert found is not None
+    assert (template, "leave_out") == (found.template, found.long_responses)
+    assert load(folder).prompt_response is None

@@ -1,5 +1,6 @@
 """Where rows come from: packed ones or a user's items, told apart once, and nothing of one for the other."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ from ddkmix import DomainMixture
 from ddkmix.errors import ConfigError, DataError
 from ddkmix.own_rows import own_rows
 from ddkmix.row_tasks import RowBatch
-from ddkmix.sources import ItemSource, PackedSource, RowSource, open_source, tensors_of, with_arrays
+from ddkmix.sources import (
+    ItemSource,
+    PackedSource,
+    RowSource,
+    open_source,
+    position_ids,
+    tensors_of,
+    with_arrays,
+)
 from ddkmix.stream import describe_stream
 from tests.hand_made import numbered_rows
 
@@ -87,6 +96,21 @@ def test_labels_are_the_tokens_but_for_padding() -> None:
     assert [[0, 1, 2, 3], [4, 5, -100, -100], [-100] * 4] == batch["labels"].tolist()
     assert [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]] == batch["input_ids"].tolist()
     assert {torch.int64} == {tensor.dtype for tensor in batch.values()}
+
+
+def test_labels_ignore_prompts() -> None:
+    """Of the rows that have one."""
+    batch = tensors_of(replace(row_batch([4, 3, 4]), num_prompt_tokens=np.array([0, 2, 3])))
+    assert [[0, 1, 2, 3], [-100, -100, 6, -100], [-100, -100, -100, 11]] == batch["labels"].tolist()
+    assert [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]] == batch["input_ids"].tolist()
+
+
+def test_positions_of_prompts_go_on() -> None:
+    """Through every separator; those of text restart there."""
+    batch = replace(row_batch([4, 4]), tokens=np.array([[7, 0, 7, 0]] * 2, dtype=np.uint16))
+    assert [[0, 0, 1, 0]] * 2 == position_ids(batch, 0).tolist()
+    batch = replace(batch, num_prompt_tokens=np.array([0, 2]))
+    assert [[0, 0, 1, 0], [0, 1, 2, 3]] == position_ids(batch, 0).tolist()
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 6])

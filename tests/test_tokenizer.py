@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,14 @@ import pytest
 from tokenizers import Tokenizer
 
 from ddkmix.errors import ConfigError, ModelError
-from ddkmix.tokenizer import TokenizerCard, check_separator, read_tokenizer
+from ddkmix.tokenizer import (
+    TokenizerCard,
+    check_separator,
+    read_tokenizer,
+    special_tokens,
+    stop_ids,
+    token_ids,
+)
 from tests.conftest import EOS, TEACHER, WORDS
 
 Tree = dict[str, Any]
@@ -293,3 +301,34 @@ def test_the_token_for_unknown_text_does_not_separate(tmp_path: Path) -> None:
     vocab = {"<unk>": 0} | {letter: i for i, letter in enumerate("<unk> ab", start=1)}
     tree = small({"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>"}, "<unk>")
     check_refused(card_of(tmp_path, tree, separator="<unk>"), r"also reads it in the text '\\x00")
+
+
+def test_special_tokens_and_all_tokens(tokenizer_folder: Path, tmp_path: Path, tree: Tree) -> None:
+    """With their ids; one without a name would stand in every text."""
+    card = read_tokenizer(str(tokenizer_folder))
+    assert {"<|endoftext|>": 0} == special_tokens(card)
+    assert 300 == len(token_ids(card))
+    nameless = {"id": 301, "content": "", "special": True}
+    tree["added_tokens"] += [nameless, {"id": 302, "content": "<think>", "special": False}]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(tree))
+    changed = replace(card, path=path)
+    assert {"<|endoftext|>": 0} == special_tokens(changed)
+    assert 302 == token_ids(changed)["<think>"]
+
+
+def test_the_ends_of_a_response_are_the_named_tokens_or_the_end_of_sequence(
+    tree: Tree, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Ids, each once, increasing; what is no token, and a tokenizer that names none, are one line."""
+    folder = str(tokenizer_folder)
+    a, b = (tree["model"]["vocab"][letter] for letter in "ab")
+    assert (0,) == stop_ids(folder, ())
+    assert tuple(sorted({0, a, b})) == stop_ids(folder, ("b", "<|endoftext|>", "a", "b"))
+    with pytest.raises(ConfigError, match=r"generate\.stop = \['a', 'nix'\]: 'nix' is not a token of"):
+        stop_ids(folder, ("a", "nix"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"names no eos_token; set generate\.stop to the token that ends"):
+        stop_ids(str(tmp_path), ())
+    assert (a,) == stop_ids(str(tmp_path), ("a",))

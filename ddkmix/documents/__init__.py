@@ -14,6 +14,7 @@ from ddkmix.documents.hub import (
     pin_revision,
     read_hub_documents,
 )
+from ddkmix.documents.records import PromptFields, TextField
 from ddkmix.documents.shard_lists import ListedShard, read_wids
 from ddkmix.documents.tar import read_document
 from ddkmix.documents.text import digest
@@ -21,6 +22,8 @@ from ddkmix.documents.text import digest
 __all__ = [
     "HubSplit",
     "ListedShard",
+    "PromptFields",
+    "TextField",
     "count_shards",
     "digest",
     "format_of",

@@ -1,10 +1,50 @@
-"""The texts of an Arrow column, for the readers that get their data as Arrow tables."""
+"""The documents of an Arrow table, for the readers that get their data as such."""
 
 from collections.abc import Iterator
 from typing import Any
 
-from ddkmix.documents.text import checked_text, missing_column, text_of_bytes
+from ddkmix.documents.records import SETTING, TextField, record_text
+from ddkmix.documents.text import checked_text, column_of, missing_column, text_of_bytes
 from ddkmix.errors import DataError
+
+
+def check_columns(schema: Any, text_field: TextField, where: str) -> None:
+    """Check that what documents are made of is there; what the fields of an example hold, their values tell.
+
+    Raises:
+        DataError: a column is missing, or the one of a text holds no strings.
+    """
+    if isinstance(text_field, str):
+        check_column(schema, column_of(text_field), where)
+        return
+    for column in text_field.columns.values():
+        if _kind(schema, column) is None:
+            raise missing_column(column, list(schema.names), where, SETTING)
+
+
+def documents_of_table(table: Any, text_field: TextField, where: str, first_row: int) -> Iterator[str]:
+    """The documents of a table or a record batch in order; null is "".
+
+    Args:
+        table: has the columns, checked by `check_columns`.
+        text_field: what they are made of.
+        where: the shard, for messages.
+        first_row: rows of the shard before this table, for messages.
+
+    Raises:
+        DataError: a value is not UTF-8, or of another kind than it must be.
+    """
+    if isinstance(text_field, str):
+        yield from texts_of(table, column_of(text_field), where, first_row)
+        return
+    columns = {part: _values(table, column) for part, column in text_field.columns.items()}
+    for row, values in enumerate(zip(*columns.values(), strict=True), start=first_row):
+        place = f"{where}: row {row}"
+        try:
+            found = {part: value.as_py() for part, value in zip(columns, values, strict=True)}
+        except UnicodeDecodeError as error:
+            raise DataError(f"{place} is not UTF-8 ({error.reason} at byte {error.start}).") from None
+        yield record_text(text_field, found, place)
 
 
 def check_column(schema: Any, column: str, where: str) -> None:

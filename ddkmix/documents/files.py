@@ -7,6 +7,7 @@ from typing import Literal
 from ddkmix.documents.compression import COMPRESSIONS
 from ddkmix.documents.jsonl import read_jsonl
 from ddkmix.documents.parquet import read_parquet
+from ddkmix.documents.records import TextField
 from ddkmix.documents.tar import read_tar
 from ddkmix.errors import DataError, StorageError
 
@@ -41,13 +42,14 @@ def format_of(name: str) -> Format:
     return _format_and_compression(name)[0]
 
 
-def read_documents(path: Path, text_field: str, *, name: str | None = None) -> Iterator[str]:
+def read_documents(path: Path, text_field: TextField, *, name: str | None = None) -> Iterator[str]:
     """The documents of a local file in order; a document without text is "".
 
     Args:
         path: a WebDataset tar, JSON lines or Parquet.
         text_field: what holds the text. In a tar a member's extension (`txt`, `text`) or `json.FIELD`;
-            elsewhere the column, `FIELD` or `json.FIELD`. Dots go deeper: `json.a.b`.
+            elsewhere the column, `FIELD` or `json.FIELD`. Dots go deeper: `json.a.b`. Or the fields of an
+            example, in a tar of its member `json`.
         name: what messages call the file, and what tells its format, when `path` is a temporary copy.
 
     Raises:
@@ -60,7 +62,9 @@ def read_documents(path: Path, text_field: str, *, name: str | None = None) -> I
     return _read(path, text_field, name, format, compression)
 
 
-def _read(path: Path, text_field: str, name: str, format: Format, compression: str | None) -> Iterator[str]:
+def _read(
+    path: Path, text_field: TextField, name: str, format: Format, compression: str | None
+) -> Iterator[str]:
     try:
         if format == "tar":
             yield from read_tar(path, text_field, name=name, compression=compression)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ddkmix.documents.arrow import check_column, texts_of
-from ddkmix.documents.text import column_of
+from ddkmix.documents.arrow import check_columns, documents_of_table
+from ddkmix.documents.records import TextField
 from ddkmix.errors import DataError, DdkmixError, StorageError
 from ddkmix.fingerprint import FileDigests, hash_file, hash_json
 
@@ -48,29 +48,29 @@ def count_shards(split: HubSplit) -> int:
         return int(_open(split).num_shards)
 
 
-def read_hub_documents(split: HubSplit, index: int, of: int, text_field: str) -> Iterator[str]:
+def read_hub_documents(split: HubSplit, index: int, of: int, text_field: TextField) -> Iterator[str]:
     """The documents of part `index` of `of` in order; null is "".
 
     Args:
         split: what to read; pin its revision (`pin_revision`) when it is read more than once.
         index: which part, from 0.
         of: parts in all, at most `count_shards(split)`.
-        text_field: the column: `FIELD` or `json.FIELD`; dots go into structs.
+        text_field: the column: `FIELD` or `json.FIELD`; dots go into structs. Or the fields of an example.
 
     Raises:
         DataError: the split cannot be read, the column is missing or holds no strings, or `of` is too large.
         StorageError: the Hub cannot be reached.
     """
     assert 0 <= index < of
-    column, name, rows = column_of(text_field), f"{split} (shard {index} of {of})", 0
+    name, rows = f"{split} (shard {index} of {of})", 0
     with _explaining(split):
         dataset = _open(split)
         if of > dataset.num_shards:
             raise DataError(f"{split} has {dataset.num_shards} shards and cannot be read in {of} parts.")
         part = dataset.shard(num_shards=of, index=index).with_format("arrow")
         for table in part.iter(batch_size=_BATCH_ROWS):
-            check_column(table.schema, column, name)
-            yield from texts_of(table, column, name, rows)
+            check_columns(table.schema, text_field, name)
+            yield from documents_of_table(table, text_field, name, rows)
             rows += table.num_rows
 
 

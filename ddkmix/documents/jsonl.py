@@ -1,14 +1,16 @@
-"""JSON lines: one object a line, the text in one of its fields."""
+"""JSON lines: one object a line, the document in one of its fields or some of them."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from ddkmix.documents.compression import open_bytes, suffix_of_content
-from ddkmix.documents.text import column_of, text_of_json
+from ddkmix.documents.records import TextField, document_of_json
 from ddkmix.errors import DataError
 
 
-def read_jsonl(path: Path, text_field: str, *, name: str, compression: str | None = None) -> Iterator[str]:
+def read_jsonl(
+    path: Path, text_field: TextField, *, name: str, compression: str | None = None
+) -> Iterator[str]:
     """The documents of a file of JSON lines; blank lines are none, null is "".
 
     A file that is cut exactly between two lines is a whole file to any reader; cut anywhere else it is
@@ -18,13 +20,13 @@ def read_jsonl(path: Path, text_field: str, *, name: str, compression: str | Non
         DataError: a line is not a JSON object with the field, or its text is no text; the compressed
             stream is not whole; there is no line.
     """
-    column, number = column_of(text_field), 0
+    number = 0
     with open_bytes(path, name, compression) as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
                 _check_first(line, name, compression)
             if not line.isspace():
-                yield text_of_json(line, column, f"{name}: line {number}")
+                yield document_of_json(line, text_field, f"{name}: line {number}")
     if not number:
         raise DataError(f"{name} is empty; remove it or write it again.")
 

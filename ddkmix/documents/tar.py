@@ -20,7 +20,8 @@ from jaxtyping import Int
 
 from ddkmix.documents.compression import open_bytes
 from ddkmix.documents.energon import IndexCheck, index_beside
-from ddkmix.documents.text import column_of, shown, text_of_bytes, text_of_json
+from ddkmix.documents.records import SETTING, TextField, document_of_json
+from ddkmix.documents.text import shown, text_of_bytes
 from ddkmix.errors import DataError
 
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
@@ -38,14 +39,17 @@ class _Member:
     header: tarfile.TarInfo
 
 
-def read_tar(path: Path, text_field: str, *, name: str, compression: str | None = None) -> Iterator[str]:
+def read_tar(
+    path: Path, text_field: TextField, *, name: str, compression: str | None = None
+) -> Iterator[str]:
     """The documents of a WebDataset tar in order, one a sample; "" for a sample that has no text member.
 
     Where Megatron-Energon's index lies beside a plain tar, the tar is checked against it.
 
     Args:
         path: the tar.
-        text_field: extension of the member that holds the text (`txt`, `text`), or `json.FIELD`.
+        text_field: extension of the member that holds the text (`txt`, `text`), or `json.FIELD`; or the
+            fields of the member `json` that hold an example.
         name: what messages call the tar.
         compression: `gzip`, `zstd`, `xz`, `bzip2` or None.
 
@@ -64,9 +68,7 @@ def read_tar(path: Path, text_field: str, *, name: str, compression: str | None 
     if wanted not in seen:
         others = ", ".join(f".{extension}" for extension in sorted(seen))
         only = f", only {others}" if others else ""
-        raise DataError(
-            f"{name} has no .{wanted} member{only}; set text_field in the card to the documents' extension."
-        )
+        raise DataError(f"{name} has no .{wanted} member{only}; {_advice(text_field)}.")
 
 
 @contextmanager
@@ -90,7 +92,12 @@ def whole_tar(path: Path, name: str, compression: str | None = None) -> Iterator
 
 
 def read_document(
-    path: Path, offsets: Int[np.ndarray, " N_plus_1"], i: int, text_field: str, *, name: str | None = None
+    path: Path,
+    offsets: Int[np.ndarray, " N_plus_1"],
+    i: int,
+    text_field: TextField,
+    *,
+    name: str | None = None,
 ) -> str:
     """One document of a plain tar, found by its index (`read_tar_idx`) and read alone.
 
@@ -124,7 +131,7 @@ def read_document(
 
 
 def _texts(
-    tar: tarfile.TarFile, members: Iterable[_Member], text_field: str, name: str, seen: set[str]
+    tar: tarfile.TarFile, members: Iterable[_Member], text_field: TextField, name: str, seen: set[str]
 ) -> Iterator[str]:
     """One text a sample; what extensions there are is noted in `seen`."""
     wanted = _extension_of(text_field)
@@ -164,7 +171,7 @@ def _members(tar: tarfile.TarFile, index: IndexCheck | None) -> Iterator[_Member
             yield _Member(sample=match[1], extension=match[2].lower(), header=header)
 
 
-def _text(tar: tarfile.TarFile, header: tarfile.TarInfo, text_field: str, name: str) -> str:
+def _text(tar: tarfile.TarFile, header: tarfile.TarInfo, text_field: TextField, name: str) -> str:
     where = f"{name}: member {shown(header.name)}"
     if not header.isreg():
         raise DataError(
@@ -174,8 +181,8 @@ def _text(tar: tarfile.TarFile, header: tarfile.TarInfo, text_field: str, name: 
     data = _data(tar, header)
     if len(data) != header.size:
         raise DataError(f"{where} is cut short; copy the shard again.")
-    if text_field.startswith("json."):
-        return text_of_json(data, column_of(text_field), where)
+    if _is_json(text_field):
+        return document_of_json(data, text_field, where)
     return text_of_bytes(data, where)
 
 
@@ -190,8 +197,20 @@ def _data(tar: tarfile.TarFile, header: tarfile.TarInfo) -> bytes:
     return source.read(header.size)
 
 
-def _extension_of(text_field: str) -> str:
-    return "json" if text_field.startswith("json.") else text_field
+def _extension_of(text_field: TextField) -> str:
+    if isinstance(text_field, str) and not _is_json(text_field):
+        return text_field
+    return "json"
+
+
+def _is_json(text_field: TextField) -> bool:
+    return not isinstance(text_field, str) or text_field.startswith("json.")
+
+
+def _advice(text_field: TextField) -> str:
+    if isinstance(text_field, str):
+        return "set text_field in the card to the documents' extension"
+    return f"{SETTING} in a card reads the fields of a .json member"
 
 
 def _open_tar(source: "_Forward") -> tarfile.TarFile:

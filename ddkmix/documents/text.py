@@ -8,7 +8,7 @@ from ddkmix.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
 _MOST_FIELDS_NAMED = 20
-_JSON_NAMES = {
+JSON_NAMES = {
     type(None): "null",
     bool: "true or false",
     int: "number",
@@ -47,8 +47,17 @@ def text_of_json(data: bytes, column: str, where: str) -> str:
     Raises:
         DataError: the data are not a JSON object, lack the field, or the field is no text.
     """
+    return checked_text(look_up(json_tree(data, where), column, where), column, where)
+
+
+def json_tree(data: bytes, where: str) -> Any:
+    """Bytes as JSON.
+
+    Raises:
+        DataError: they are none.
+    """
     try:
-        tree = json.loads(text_of_bytes(data.removeprefix(_BOM), where))
+        return json.loads(text_of_bytes(data.removeprefix(_BOM), where))
     except json.JSONDecodeError as error:
         raise DataError(
             f"{where} is not JSON ({error.msg} at character {error.pos}); write one JSON object."
@@ -57,7 +66,6 @@ def text_of_json(data: bytes, column: str, where: str) -> str:
         raise DataError(f"{where} is not JSON that can be read ({error}).") from None
     except RecursionError:
         raise DataError(f"{where} is not JSON that can be read (nested too deep).") from None
-    return checked_text(_look_up(tree, column, where), column, where)
 
 
 def checked_text(value: Any, column: str, where: str) -> str:
@@ -69,7 +77,8 @@ def checked_text(value: Any, column: str, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{where}: {column!r} is a JSON {_JSON_NAMES[type(value)]}; a document is a string.")
+        kind = JSON_NAMES.get(type(value), type(value).__name__)
+        raise DataError(f"{where}: {column!r} is a JSON {kind}; a document is a string.")
     try:
         # the encoder is far faster than a look at every character
         if not value.isascii():
@@ -81,13 +90,13 @@ def checked_text(value: Any, column: str, where: str) -> str:
     return value
 
 
-def missing_column(column: str, names: list[str], where: str) -> DataError:
-    """The error for a field that is not there; it lists the fields that are."""
+def missing_column(column: str, names: list[str], where: str, setting: str = "text_field") -> DataError:
+    """The error for a field that is not there; it lists the fields that are. `setting`: the card's."""
     listed = ", ".join(shown(name) for name in names[:_MOST_FIELDS_NAMED])
     more = ", ..." if len(names) > _MOST_FIELDS_NAMED else ""
     return DataError(
-        f"{where} has no field {column!r}, only {listed or 'nothing'}{more}; set text_field in the card to "
-        "the one that holds the text."
+        f"{where} has no field {column!r}, only {listed or 'nothing'}{more}; set {setting} in the card to "
+        "what holds the text."
     )
 
 
@@ -96,11 +105,15 @@ def shown(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
-def _look_up(tree: Any, column: str, where: str) -> Any:
-    """A field by name, or by path (`a.b`); a name that has dots itself comes first."""
+def look_up(tree: Any, column: str, where: str, setting: str = "text_field") -> Any:
+    """A field by name, or by path (`a.b`); a name that has dots itself comes first.
+
+    Raises:
+        DataError: it is not there. `setting` is the card's that names it.
+    """
     if not isinstance(tree, dict):
         raise DataError(
-            f"{where} is a JSON {_JSON_NAMES[type(tree)]}; write an object with a field {column!r}."
+            f"{where} is a JSON {JSON_NAMES[type(tree)]}; write an object with a field {column!r}."
         )
     value: Any = tree
     names = [column] if column in tree else column.split(".")
@@ -108,6 +121,6 @@ def _look_up(tree: Any, column: str, where: str) -> Any:
         if value is None:
             return None
         if not isinstance(value, dict) or name not in value:
-            raise missing_column(column, [str(key) for key in tree], where)
+            raise missing_column(column, [str(key) for key in tree], where, setting)
         value = value[name]
     return value

@@ -3,10 +3,11 @@
     doc doc doc ...  ->  ids <sep> ids <sep> ids ...  ->  row | row | row | row + padding
 
 Documents are packed *within one shard of one domain* (`row_layout` has the strategies), so a row belongs to
-one domain and its name does not depend on any mixture. The end of a row may be padding; no token is dropped.
-Train documents that also stand in the held-out split are dropped (exact duplicates). Every shard is written
-under a temporary name and renamed when whole, and its bytes depend on nothing but its documents and the
-settings: an interrupted run goes on where it stopped, and any number of jobs may share the work.
+one domain and its name does not depend on any mixture. A prompt with its response is a row of its own
+(`ddkmix.prompts`). The end of a row may be padding; no token is dropped. Train documents that also stand in
+the held-out split are dropped (exact duplicates). Every shard is written under a temporary name and renamed
+when whole, and its bytes depend on nothing but its documents and the settings: an interrupted run goes on
+where it stopped, and any number of jobs may share the work.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -216,7 +217,9 @@ def _finish(plan: PackingPlan, tokenizer: TokenizerCard, seq_len: int, strategy:
         separator=tokenizer.separator,
         separator_id=tokenizer.separator_id,
         seq_len=seq_len,
-        strategy=strategy,
+        strategy=strategy if plan.prompts is None else "prompts",
+        end_of_turn=None if plan.prompts is None else plan.prompts.end_of_turn,
+        end_of_turn_id=None if plan.prompts is None else plan.prompts.end_of_turn_id,
         license=plan.domain.license,
         sources=tuple(source.model_dump() for source in plan.domain.sources),
         splits={},

@@ -28,6 +28,8 @@ def add_reports(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     for report in reports:
         totals.update({name: report.get(name, 0) for name in _COUNTS})
         dropped.update(report.get("dropped", {}))
+        if "prompt_tokens" in report:  # of the tokens, those of prompts
+            totals["prompt_tokens"] += report["prompt_tokens"]
         more = report.get("repeated")
         repeated = None if repeated is None or more is None else repeated + more
     places = totals["padding"] + totals["tokens"]

@@ -10,19 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ddkmix.document_shards import DocumentShard
-from ddkmix.documents import read_documents, read_hub_documents
+from ddkmix.documents import TextField, read_documents, read_hub_documents
 from ddkmix.errors import DataError
 from ddkmix.pack.marks import Fetching, check_unchanged
 from ddkmix.pack.scratch import scratch_folder
 from ddkmix.storage.remote import download
 
 
-def documents_of(shard: DocumentShard, text_field: str, mark: str, fetching: Fetching) -> Iterator[str]:
+def documents_of(shard: DocumentShard, text_field: TextField, mark: str, fetching: Fetching) -> Iterator[str]:
     """The documents of a shard, in order.
 
     Args:
         shard: what to read.
-        text_field: the card's.
+        text_field: what documents are made of.
         mark: what the shard was known by when the work was planned.
         fetching: how remote shards are copied.
 

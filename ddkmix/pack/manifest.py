@@ -58,10 +58,16 @@ class Manifest:
     splits: Mapping[Split, tuple[PackedShard, ...]]
     report: Mapping[Split, Mapping[str, Any]]
     """Per split: documents, tokens, bytes, rows, padding, what was dropped."""
+    end_of_turn: str | None = None
+    """Token behind a response; None where rows are text."""
+    end_of_turn_id: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` reads them back unchanged."""
-        return {"format": MANIFEST_FORMAT, **asdict(self)}
+        tree = asdict(self)
+        if self.end_of_turn is None:  # as it always was
+            del tree["end_of_turn"], tree["end_of_turn_id"]
+        return {"format": MANIFEST_FORMAT, **tree}
 
 
 def describe_shard(index: ShardIndex, path: str) -> PackedShard:
@@ -153,6 +159,10 @@ def _check_types(manifest: Manifest) -> None:
     for name in ("separator_id", "seq_len"):
         if not isinstance(getattr(manifest, name), int):
             raise TypeError(name)
+    if not isinstance(manifest.end_of_turn, str | None) or not isinstance(
+        manifest.end_of_turn_id, int | None
+    ):
+        raise TypeError("end_of_turn")
     for split in SPLITS:
         if not isinstance(manifest.report[split], dict):
             raise TypeError("report")

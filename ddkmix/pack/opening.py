@@ -4,9 +4,11 @@ Of a remote folder rows.json is read at every start (a folder may be packed anew
 copied to `<cache_dir>/remote/<fingerprint>/` once and verified; the rows stay where they are.
 """
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ddkmix.config import Storage
 from ddkmix.domains import SPLITS
@@ -98,14 +100,25 @@ def open_packed(
             padding_id=manifest.separator_id,
             max_epochs=max_epochs,
             prior=prior,
+            end_of_turn_id=manifest.end_of_turn_id,
         )
         if splits[split].num_rows == 0:
+            left_out = _left_out(manifest.report[split])
             raise DataError(
-                f"domain {domain or manifest.domain!r}: its {split} shards hold no text; add documents."
+                f"domain {domain or manifest.domain!r}: its {split} shards hold no text{left_out}; add "
+                "documents."
             )
     return PackedDomain(
         train=splits["train"], held_out=splits["held_out"], location=location, manifest=manifest
     )
+
+
+def _left_out(report: Mapping[str, Any]) -> str:
+    """Why nothing is there, if something was."""
+    dropped = report.get("dropped")
+    if not dropped:
+        return ""
+    return f" (left out: {', '.join(f'{count} {reason}' for reason, count in dropped.items())})"
 
 
 def check_rows(manifest: Manifest, tokenizer: TokenizerCard, seq_len: int, where: str) -> None:

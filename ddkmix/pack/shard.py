@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int, UInt
 
 from ddkmix.document_shards import DocumentShard
-from ddkmix.documents import digest
+from ddkmix.documents import TextField, digest
 from ddkmix.domains import Split
 from ddkmix.errors import DataError
 from ddkmix.fingerprint import hash_file, replacing
@@ -25,6 +25,7 @@ from ddkmix.index import ShardIndex, index_path, row_checksums, write_index
 from ddkmix.pack.digests import digest_set, digests_path, write_digests
 from ddkmix.pack.fetch import documents_of
 from ddkmix.pack.marks import Fetching
+from ddkmix.prompts import PromptFormat, PromptStream
 from ddkmix.row_layout import Strategy
 from ddkmix.token_stream import PackedRows, TokenStream
 
@@ -46,6 +47,21 @@ class RowSettings:
     dtype: str
     share_of_train: float | None
     """Share of the train documents that are held out."""
+    prompts: PromptFormat | None = None
+    """Where documents are prompts and responses: how they are written, instead of text_field and strategy."""
+
+    @property
+    def content(self) -> TextField:
+        """What is read of each document."""
+        return self.text_field if self.prompts is None else self.prompts.fields
+
+    def stream(self) -> TokenStream | PromptStream:
+        """An empty one, for the documents of one row shard."""
+        if self.prompts is None:
+            return TokenStream(self.tokenizer, separator_id=self.separator_id, seq_len=self.seq_len)
+        return PromptStream(
+            self.tokenizer, self.prompts, separator_id=self.separator_id, seq_len=self.seq_len
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +106,7 @@ def is_held_out(document: bytes, share: float) -> bool:
 class _Kept:
     """The documents of one row shard so far."""
 
-    stream: TokenStream
+    stream: TokenStream | PromptStream
     batch: list[str] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -115,15 +131,10 @@ def pack_shard(job: ShardJob) -> None:
     if job.done:
         return
     settings = job.settings
-    kept = {
-        split: _Kept(
-            TokenStream(settings.tokenizer, separator_id=settings.separator_id, seq_len=settings.seq_len)
-        )
-        for split in job.outputs
-    }
+    kept = {split: _Kept(settings.stream()) for split in job.outputs}
     side = _sides(job)
     forbidden = digest_set(job.held_out)
-    for text in documents_of(job.documents, settings.text_field, job.mark, job.fetching):
+    for text in documents_of(job.documents, settings.content, job.mark, job.fetching):
         key = digest(text)
         split = side(key)
         if not text.strip():
@@ -142,7 +153,7 @@ def read_held_out(job: ShardJob) -> None:
     Raises:
         DataError: the documents cannot be read, or the digests not written.
     """
-    texts = documents_of(job.documents, job.settings.text_field, job.mark, job.fetching)
+    texts = documents_of(job.documents, job.settings.content, job.mark, job.fetching)
     digests = [digest(text) for text in texts if text.strip()]
     rows = job.outputs["held_out"]
     with named_when_full(digests_path(rows)):
@@ -175,11 +186,15 @@ def _write(path: Path, kept: _Kept, settings: RowSettings) -> None:
                 seq_len=settings.seq_len,
                 dtype=settings.dtype,
                 report=_facts(packed, kept),
+                num_prompt_tokens=packed.num_prompt_tokens,
             )
         )
 
 
 def _facts(packed: PackedRows, kept: _Kept) -> dict[str, Any]:
+    dropped, prompts = Counter(kept.dropped), packed.num_prompt_tokens
+    if isinstance(kept.stream, PromptStream):
+        dropped += kept.stream.dropped
     return {
         "documents": packed.num_documents,
         "truncated": packed.num_truncated,
@@ -187,7 +202,8 @@ def _facts(packed: PackedRows, kept: _Kept) -> dict[str, Any]:
         "tokens": int(packed.num_tokens.sum()),
         "padding": packed.num_padding,
         "bytes": kept.stream.num_bytes,
-        "dropped": dict(sorted(kept.dropped.items())),
+        "dropped": dict(sorted(dropped.items())),
+        **({} if prompts is None else {"prompt_tokens": int(prompts.sum())}),
     }
 
 

@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from ddkmix.domains import SPLITS, Domain, Split
 from ddkmix.errors import ConfigError, DataError
@@ -20,11 +21,14 @@ from ddkmix.fingerprint import hash_json, remove_abandoned
 from ddkmix.pack.digests import read_digests
 from ddkmix.pack.marks import Fetching, Marks
 from ddkmix.pack.shard import RowSettings, ShardJob, pack_shard, read_held_out
+from ddkmix.prompts import PromptFormat, find_format
 from ddkmix.row_layout import Strategy
 from ddkmix.tokenizer import TokenizerCard
 
 FORMAT = 4
 """Changes when packing the same documents would give other rows."""
+PROMPTS_FORMAT = 1
+"""The same of prompts and responses alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +66,8 @@ class PackingPlan:
     fingerprint: str
     """Changes with the documents, the tokenizer and the packing, and with nothing else."""
     jobs: tuple[ShardJob, ...]
+    prompts: PromptFormat | None = None
+    """Where documents are prompts and responses."""
 
     @property
     def shard_names(self) -> dict[Split, list[str]]:
@@ -83,7 +89,15 @@ def plan_packing(
     cache_dir: Path,
     fetching: Fetching,
 ) -> PackingPlan:
-    """The work of a domain whose shards are known."""
+    """The work of a domain whose shards are known.
+
+    Raises:
+        ConfigError: it holds prompts, and nobody says which token ends a turn.
+        ModelError: it holds chat messages, and the tokenizer has no template that can write them.
+    """
+    prompts = None
+    if domain.prompt_response is not None:
+        prompts = find_format(domain.prompt_response, tokenizer, where=str(domain.card))
     settings = RowSettings(
         text_field=domain.text_field,
         tokenizer=tokenizer.path,
@@ -92,6 +106,7 @@ def plan_packing(
         strategy=strategy,
         dtype="<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4",
         share_of_train=domain.share_of_train,
+        prompts=prompts,
     )
     content: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
     for split, shard in domain.shards():
@@ -100,11 +115,10 @@ def plan_packing(
         {
             "format": FORMAT,
             "domain": domain.name,
-            "text_field": domain.text_field,
             "tokenizer": tokenizer.fingerprint,
             "separator_id": tokenizer.separator_id,
             "seq_len": seq_len,
-            "strategy": strategy,
+            **_content(settings),
             "share_of_train": domain.share_of_train,
             "shards": content,
         }
@@ -123,7 +137,14 @@ def plan_packing(
         )
         for split, shard in domain.shards()
     )
-    return PackingPlan(domain=domain, folder=folder, fingerprint=fingerprint, jobs=jobs)
+    return PackingPlan(domain=domain, folder=folder, fingerprint=fingerprint, jobs=jobs, prompts=prompts)
+
+
+def _content(settings: RowSettings) -> dict[str, Any]:
+    """What documents are and how they become rows, as the fingerprint has it."""
+    if settings.prompts is None:
+        return {"text_field": settings.text_field, "strategy": settings.strategy}
+    return {"prompts": settings.prompts.to_json(), "prompts_format": PROMPTS_FORMAT}
 
 
 def run_packing(
