@@ -11,12 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddkmix.batch import DenseSignal, Head, RoutedSignal, Tail, TruncatedSignal
-from ddkmix.errors import DataError, RowError
-from ddkmix.index import DomainRows, ShardIndex
+from ddkmix.errors import RowError
+from ddkmix.index import DomainRows
 from ddkmix.logits_store.card import Kept, StoreCard, find_store, read_card
 from ddkmix.logits_store.codec import RecordFormat, TokenColumns, decode
 from ddkmix.logits_store.hidden import decode_hidden, load_head
-from ddkmix.logits_store.sidecar import Sidecar, open_sidecar, sidecar_path
+from ddkmix.logits_store.sidecar import Sidecar, sidecar_of, sidecar_path
 from ddkmix.logits_store.signal import signal_of
 
 Place = tuple[str, int, int]
@@ -197,22 +197,6 @@ class LogitsStore:
                 f"damaged: {error}. Delete that file and capture again; `ddkmix capture --verify` looks for "
                 "more."
             ) from None
-
-
-def sidecar_of(path: Path, shard: ShardIndex) -> Sidecar:
-    """The sidecar of a shard, which has one record for each of its rows.
-
-    Raises:
-        DataError: it is missing, damaged, or of another shard.
-    """
-    found = open_sidecar(path)
-    content = found.facts.get("shard", "?")
-    if content != shard.sha256 or found.num_rows != shard.num_rows:
-        raise DataError(
-            f"{path} has {found.num_rows} rows of the shard {content[:12]}; the run has {shard.num_rows} of "
-            f"{shard.sha256[:12]}. Delete it and capture again."
-        )
-    return found
 
 
 def _open_folder(folder: Path) -> _Opened:

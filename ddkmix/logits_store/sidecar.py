@@ -9,6 +9,8 @@ While rows are captured the file is called `.partial`, has no header, and grows 
 `.journal` beside it has the size and checksum of each. A process that is killed leaves both, and the next one
 goes on behind the last record that is whole. At the end tables and header are added and the file takes its
 name: nothing is copied, and nothing that is not whole ever has that name.
+
+A record is any bytes. What captures or generates them is a `Command`, by whose name messages call it.
 """
 
 import contextlib
@@ -33,6 +35,19 @@ _ENTRY = Struct("<QII")
 """Of the journal: size and checksum of a record, and its row, lest a block of zeros pass for one."""
 _ALIGNMENT = 8
 _TYPES = {"records": ("U8", 1), "offsets": ("I64", 8), "crc32": ("U32", 4)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """What writes sidecars."""
+
+    verb: str
+    """Also the command's name, and that of its section of the config."""
+    past: str
+
+
+CAPTURE = Command(verb="capture", past="captured")
+GENERATE = Command(verb="generate", past="generated")
 
 
 def sidecar_path(store: Path, domain: str, shard: ShardIndex) -> Path:
@@ -71,7 +86,7 @@ class Sidecar:
         return data
 
 
-def open_sidecar(path: Path) -> Sidecar:
+def open_sidecar(path: Path, command: Command = CAPTURE) -> Sidecar:
     """Map a sidecar into memory; only its header and tables are read.
 
     Raises:
@@ -89,13 +104,31 @@ def open_sidecar(path: Path) -> Sidecar:
         if not whole or offsets[-1] > len(tables["records"]):
             raise ValueError("its tables do not fit")
     except FileNotFoundError as error:
-        raise DataError(f"{path} is missing; capture it with `ddkmix capture CONFIG`.") from error
+        verb = command.verb
+        raise DataError(f"{path} is missing; {verb} it with `ddkmix {verb} CONFIG`.") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DataError(
-            f"{path} is not a whole sidecar ({reason}); it was cut or changed. Delete it and capture again."
+            f"{path} is not a whole sidecar ({reason}); it was cut or changed. Delete it and {command.verb} "
+            "again."
         ) from None
     return Sidecar(path=path, facts=facts, records=tables["records"], offsets=offsets, crc32=crc32)
+
+
+def sidecar_of(path: Path, shard: ShardIndex, command: Command = CAPTURE) -> Sidecar:
+    """The sidecar of a shard, which has one record for each of its rows.
+
+    Raises:
+        DataError: it is missing, damaged, or of another shard.
+    """
+    found = open_sidecar(path, command)
+    content = found.facts.get("shard", "?")
+    if content != shard.sha256 or found.num_rows != shard.num_rows:
+        raise DataError(
+            f"{path} has {found.num_rows} rows of the shard {content[:12]}; the run has {shard.num_rows} of "
+            f"{shard.sha256[:12]}. Delete it and {command.verb} again."
+        )
+    return found
 
 
 def _read_header(data: bytes, size: int) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
@@ -129,13 +162,17 @@ class _Entry:
 class SidecarWriter:
     """Writes one sidecar, or goes on with it; nobody else does at the same time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, command: Command = CAPTURE) -> None:
         """Take the shard; whole rows that a killed process left are kept.
+
+        Args:
+            path: of the sidecar.
+            command: what messages call the writing.
 
         Raises:
             DataError: the folder cannot be written, or another process is writing this sidecar.
         """
-        self.path = path
+        self.path, self._command = path, command
         self._partial = path.with_name(path.name + ".partial")
         self._journal = path.with_name(path.name + ".journal")
         self._record_file = self._journal_file = -1
@@ -144,7 +181,7 @@ class SidecarWriter:
             self._partial.touch()
             lock = locks.exclusive_if_free(self._partial)
         if lock is None:
-            raise DataError(f"{path} is being captured by another process; wait for it, or stop it.")
+            raise DataError(f"{path} is being {command.past} by another process; wait for it, or stop it.")
         self._lock = lock
         try:
             with self._named_when_full():
@@ -245,9 +282,10 @@ class SidecarWriter:
         try:
             yield
         except OSError as error:
+            verb, past = self._command.verb, self._command.past
             raise DataError(
-                f"{self.path} cannot be written ({error.strerror}); free space or set capture.folder. What "
-                "is captured stays, and the same command goes on from there."
+                f"{self.path} cannot be written ({error.strerror}); free space or set {verb}.folder. What is "
+                f"{past} stays, and the same command goes on from there."
             ) from None
 
 

@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ddkmix.checkpoint import read_run_config
 from ddkmix.errors import RunError
 from ddkmix.planner import PlannerState, PlanSettings
 from ddkmix.projection import Projection, project
 from ddkmix.provenance import DataBlock, read_blocks
 from ddkmix.records import read_evaluations
 from ddkmix.report.gaps import Format, markdown_line, render_table
+from ddkmix.resolved_config import read_run_config
 from ddkmix.run_average import policy_average
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddkmix.checkpoint import read_run_config
 from ddkmix.config import RunConfig
 from ddkmix.hub import parameter_counts, read_model_config
 from ddkmix.loader import DomainMixture
@@ -18,6 +17,7 @@ from ddkmix.projection import Projection, cap_warning, end_warning, project
 from ddkmix.provenance import read_blocks
 from ddkmix.report.gaps import Format, render_markdown, render_table
 from ddkmix.report.history import outlook, read_intervals
+from ddkmix.resolved_config import read_run_config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,20 +53,25 @@ _MIDWAY = (
 
 
 def render_plan(
-    config: RunConfig, packed: Mapping[str, PackedDomain], mixture: DomainMixture, style: Format = "table"
+    config: RunConfig,
+    packed: Mapping[str, PackedDomain],
+    mixture: DomainMixture,
+    style: Format = "table",
+    selection: str | None = None,
 ) -> str:
-    """Rows, tokens and epochs per domain under the mixture's present weights, and memory."""
+    """Rows, tokens and epochs per domain under the mixture's present weights, and memory; `selection` is a
+    line about the rows that are left out of them."""
     steps, weights = config.trainer.steps, mixture.weights
     sizes = None
     if config.mixture.count == "tokens":
         trains = [packed[name].train for name in mixture.domains]
-        sizes = [train.num_tokens / train.num_rows for train in trains]
+        sizes = [train.counted_tokens / train.num_rows for train in trains]
     projection = project(mixture.settings, mixture.state, steps, sizes)
     policy = guarded(build_policy(config.policy), config.guards)
     domains = _domains(mixture.settings, mixture.state, projection)
     for name, row in domains.items():
         row["weight"] = weights[name]
-        row["train_tokens"] = packed[name].train.num_tokens
+        row["train_tokens"] = packed[name].train.counted_tokens
         row["held_out_rows"] = min(packed[name].held_out.num_rows, config.evaluation.rows)
     per_step = config.trainer.batch_rows * config.pack.seq_len
     updates = -(-steps // config.mixture.interval_steps) - 1
@@ -78,6 +83,7 @@ def render_plan(
         "weight_updates": updates,
         "policy": config.policy.name,
         "guards": describe(policy, len(domains)),
+        "selection": selection,
         "domains": domains,
         "warnings": _warnings(mixture.settings, projection, steps),
         "memory": _memory(config),
@@ -89,7 +95,8 @@ def render_plan(
     )
     title = "under the weights of the first interval"
     policy_line = f"policy {tree['policy']}, guards: {tree['guards']}."
-    return _render(tree, style, title, _START, [sizes_line, policy_line], [str(tree["memory"])])
+    before = [sizes_line, policy_line, *([] if selection is None else [selection])]
+    return _render(tree, style, title, _START, before, [str(tree["memory"])])
 
 
 def render_run_plan(run_dir: Path, style: Format = "table") -> str:

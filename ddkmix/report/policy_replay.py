@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from ddkmix.checkpoint import read_resolved, read_run_config
 from ddkmix.config import Guards, read_average
 from ddkmix.errors import RunError
 from ddkmix.overrides import Tree, apply_override
@@ -23,6 +22,7 @@ from ddkmix.policies.guards import Guarded, guarded
 from ddkmix.policies.protocol import at_interval
 from ddkmix.report.gaps import Format, render_markdown, render_table
 from ddkmix.report.history import read_intervals
+from ddkmix.resolved_config import read_resolved, read_run_config
 from ddkmix.types import DomainLosses
 
 CAVEAT = (

@@ -16,12 +16,12 @@ import numpy as np
 import yaml
 from jaxtyping import Float
 
-from ddkmix.checkpoint import read_run_config
 from ddkmix.config import RunConfig, dump_config
 from ddkmix.errors import DataError, RunError
 from ddkmix.provenance import read_blocks
+from ddkmix.records import read_lines
 from ddkmix.report.history import read_intervals
-from ddkmix.tracking import read_lines
+from ddkmix.resolved_config import read_run_config
 from ddkmix.types import DomainLosses
 
 
@@ -60,10 +60,6 @@ class Moment:
         values = np.array([math.nan if value is None else float(value) for value in found])
         values[~np.isfinite(values)] = math.nan
         return values
-
-    def value(self, column: str, domain: str) -> float:
-        """A number of one domain, as `column` gives it for many."""
-        return float(self.column(column, [domain])[0])
 
     @property
     def without_gap(self) -> frozenset[str]:
@@ -120,10 +116,6 @@ class Story:
         if column not in self._tables:
             self._tables[column] = np.array([moment.column(column, self.domains) for moment in self.moments])
         return self._tables[column]
-
-    def over_time(self, column: str, domain: str) -> Float[np.ndarray, " moments"]:
-        """A number of one domain at every evaluation."""
-        return self.table(column)[:, self.domains.index(domain)]
 
     def now(self, column: str) -> Float[np.ndarray, " N"]:
         """A number of every domain at the last evaluation."""
@@ -228,10 +220,16 @@ def moment_of(
         DataError: errors and numbers of rows are not what `DomainLosses.to_json` wrote.
     """
     # of gaps of 0, so that neither end is rounded nor spoilt by a loss that is not finite
-    columns = ("gap_error", "effective_rows")
-    centred = {name: {c: row[c] for c in columns if c in row} for name, row in losses.items()}
-    nothing = {"student_loss": 0.0, "teacher_loss": 0.0}
-    known = DomainLosses.from_json({name: {**nothing, **row} for name, row in centred.items()})
+    known = DomainLosses.from_json(
+        {
+            name: {
+                "student_loss": 0.0,
+                "teacher_loss": 0.0,
+                **{column: row[column] for column in ("gap_error", "effective_rows") if column in row},
+            }
+            for name, row in losses.items()
+        }
+    )
     _, high = known.gap_interval()
     half_width = dict(zip(known.domains, high.tolist(), strict=True))
     return Moment(

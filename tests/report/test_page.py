@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from ddkmix.config import RunConfig, parse_config
+from ddkmix.records import read_lines
 from ddkmix.report.overview import gap_axis
 from ddkmix.report.page import render_page
 from ddkmix.report.story import Story, story_of_gaps, story_of_run
-from ddkmix.tracking import read_lines
 from ddkmix.types import DomainLosses
 from tests.conftest import domain_losses
 from tests.report.conftest import HOSTILE, many
@@ -54,8 +54,8 @@ def test_the_first_table_has_the_last_numbers_and_the_limit(recorded_run: Path) 
     story = story_of_run(recorded_run)
     name, last = story.domains[0], story.last
     first = cells(page(recorded_run))[1]
-    assert [name, "", f"{last.value('loss_gap', name):.3f}"] == first[:3]
-    assert f"{last.value('epochs', name):.2f} of 5" == first[-1]
+    assert [name, "", f"{last.column('loss_gap', [name])[0]:.3f}"] == first[:3]
+    assert f"{last.column('epochs', [name])[0]:.2f} of 5" == first[-1]
 
 
 def test_the_same_run_gives_the_same_bytes(recorded_run: Path) -> None:

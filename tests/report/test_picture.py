@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from ddkmix.records import read_lines
 from ddkmix.report.output import destination
 from ddkmix.report.picture import render_picture
 from ddkmix.report.story import story_of_run
-from ddkmix.tracking import read_lines
 from tests.report.conftest import HOSTILE, many
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'ddkmix[plots]'")

@@ -13,11 +13,12 @@ from ddkmix.errors import RunError
 from ddkmix.loader import DomainMixture
 from ddkmix.pack import pack_domains
 from ddkmix.provenance import read_blocks
+from ddkmix.records import read_lines
 from ddkmix.report.history import read_intervals, render_history
 from ddkmix.report.plan import render_plan, render_run_plan
 from ddkmix.setup import train
 from ddkmix.tokenizer import read_tokenizer
-from ddkmix.tracking import JsonLines, read_lines
+from ddkmix.tracking import JsonLines
 from tests.conftest import write_domain
 
 

@@ -14,10 +14,11 @@ from ddkmix.config import parse_config
 from ddkmix.errors import ConfigError, RunError
 from ddkmix.loader import DomainMixture
 from ddkmix.planner import plan_step
+from ddkmix.records import read_lines
 from ddkmix.replay import Replay
 from ddkmix.report.seen import parse_steps, render_seen
 from ddkmix.setup import train
-from ddkmix.tracking import JsonLines, read_lines
+from ddkmix.tracking import JsonLines
 from tests.conftest import ConfigTree, write_domain
 
 Make = Callable[..., ConfigTree]

@@ -11,16 +11,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddkmix.checkpoint import read_run_config
 from ddkmix.config import parse_config
 from ddkmix.errors import RunError
-from ddkmix.report.story import moment_of, story_of_gaps, story_of_run
-from ddkmix.tracking import read_lines
+from ddkmix.records import read_lines
+from ddkmix.report.story import Moment, Story, moment_of, story_of_gaps, story_of_run
+from ddkmix.resolved_config import read_run_config
 from ddkmix.types import DomainLosses
 from tests.conftest import domain_losses
 from tests.report.conftest import HOSTILE, many
 
 Retold = Callable[..., Path]
+
+
+def over_time(story: Story, column: str, domain: str) -> np.ndarray:
+    """A number of one domain at every evaluation."""
+    return story.table(column)[:, story.domains.index(domain)]
+
+
+def value_of(moment: Moment, column: str, domain: str) -> float:
+    """A number of one domain."""
+    return float(moment.column(column, [domain])[0])
 
 
 def test_a_finished_run_is_told_as_it_was_recorded(recorded_run: Path) -> None:
@@ -32,9 +42,9 @@ def test_a_finished_run_is_told_as_it_was_recorded(recorded_run: Path) -> None:
     last = records[-1]["losses"]
     assert sorted(last, key=lambda name: -last[name]["loss_gap"]) == list(story.domains)
     for name in story.domains:
-        assert [r["losses"][name]["loss_gap"] for r in records] == story.over_time("loss_gap", name).tolist()
+        assert [r["losses"][name]["loss_gap"] for r in records] == over_time(story, "loss_gap", name).tolist()
         for column in ("weights", "served", "epochs"):
-            assert [r[column][name] for r in records] == story.over_time(column, name).tolist()
+            assert [r[column][name] for r in records] == over_time(story, column, name).tolist()
     lines = read_lines(recorded_run / "metrics.jsonl")
     assert [(line["step"], line["train/objective"]) for line in lines] == list(story.objective)
     assert {"code": 5.0, "math": 5.0, "prose": 5.0} == story.limits
@@ -87,8 +97,8 @@ def test_numbers_that_are_not_known_are_nan(recorded_copy: Path) -> None:
     assert "code" == story.domains[0]
     assert ["not finite", "", ""] == [story.no_gap(name) for name in story.domains]
     for column in ("loss_gap", "gap_error", "perplexity_ratio", "no_such_column"):
-        assert math.isnan(story.last.value(column, "code"))
-    assert np.isfinite(story.over_time("loss_gap", "code")[:-1]).all()
+        assert math.isnan(value_of(story.last, column, "code"))
+    assert np.isfinite(over_time(story, "loss_gap", "code")[:-1]).all()
 
 
 def test_domains_may_come_and_go(recorded_copy: Path) -> None:
@@ -102,8 +112,8 @@ def test_domains_may_come_and_go(recorded_copy: Path) -> None:
     story = story_of_run(recorded_copy)
     assert {"code", "math", "prose", "songs"} == set(story.domains)
     assert ("code", "not measured") == (story.domains[-1], story.no_gap("code"))
-    assert [True, True, True, False] == np.isnan(story.over_time("weights", "songs")).tolist()
-    assert [False, False, False, True] == np.isnan(story.over_time("served", "code")).tolist()
+    assert [True, True, True, False] == np.isnan(over_time(story, "weights", "songs")).tolist()
+    assert [False, False, False, True] == np.isnan(over_time(story, "served", "code")).tolist()
 
 
 def test_runs_of_older_versions_are_told_without_limits(recorded_copy: Path) -> None:
@@ -158,15 +168,15 @@ def test_one_measurement_is_a_story_without_time(recorded_run: Path) -> None:
     story = story_of_gaps(domain_losses([0.5, 2.0]), {"a": 0.25, "b": 0.75}, config)
     assert (("b", "a"), None, 1) == (story.domains, story.share_done, len(story.moments))
     assert story.title == f"prune of {config.teacher.model} against {config.teacher.model}"
-    assert 0.75 == story.last.value("weights", "b")
-    assert math.isnan(story.last.value("served", "b"))
+    assert 0.75 == value_of(story.last, "weights", "b")
+    assert math.isnan(value_of(story.last, "served", "b"))
     assert "interval_steps: 4" in story.config
 
 
 def test_a_column_of_losses_never_answers_for_weights() -> None:
     """Empty weights are unknown, whatever else has that name."""
     moment = moment_of(step=0, losses={"a": {"weights": 5.0}}, weights={}, served={}, epochs={})
-    assert math.isnan(moment.value("weights", "a"))
+    assert math.isnan(value_of(moment, "weights", "a"))
 
 
 @pytest.mark.parametrize("effective_rows", [[4.0, 64.0], None])
@@ -181,7 +191,7 @@ def test_intervals_are_those_of_the_losses(recorded_run: Path, effective_rows: l
     expected = dict(zip(losses.domains, (high - low) / 2, strict=True))
     assert [expected[name] for name in story.domains] == pytest.approx(story.now("half_width").tolist())
     quantile = 3.1824 if effective_rows else 1.96
-    assert quantile * 0.1 == pytest.approx(story.last.value("half_width", "a"), rel=1e-3)
+    assert quantile * 0.1 == pytest.approx(value_of(story.last, "half_width", "a"), rel=1e-3)
 
 
 def test_the_intervals_of_a_run_are_those_of_every_evaluation(recorded_run: Path) -> None:
