@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from ddkmix.config import Named
 from ddkmix.errors import ConfigError
 from ddkmix.losses.cross_entropy import CrossEntropy
+from ddkmix.losses.dpkd_token import DpkdToken
 from ddkmix.losses.forward_kl import ForwardKL
 from ddkmix.losses.gold import GOLD
 from ddkmix.losses.hidden_consistency import HiddenConsistency
@@ -42,6 +43,7 @@ __all__ = [
     "NLL",
     "ULD",
     "CrossEntropy",
+    "DpkdToken",
     "ForwardKL",
     "HiddenConsistency",
     "HiddenMatch",
@@ -93,6 +95,7 @@ class TokenLoss(Protocol):
 
 LOSSES: dict[str, type] = {
     "cross_entropy": CrossEntropy,
+    "dpkd_token": DpkdToken,
     "forward_kl": ForwardKL,
     "hidden_consistency": HiddenConsistency,
     "hidden_match": HiddenMatch,
@@ -127,7 +130,7 @@ class LossTerm:
     """How the weight moves; None where it is constant."""
 
 
-def build_terms(specs: Sequence[Any]) -> tuple[LossTerm, ...]:
+def build_terms(specs: Sequence[Any], *, may_be_empty: bool = False) -> tuple[LossTerm, ...]:
     """The weighted sum that a config names.
 
     >>> from ddkmix import build_terms
@@ -139,6 +142,7 @@ def build_terms(specs: Sequence[Any]) -> tuple[LossTerm, ...]:
     Args:
         specs: for each term a mapping (or an entry of a config) of `name`, `weight` (1 if it is left out) and
             the parameters of the loss; or a name alone, for the loss as it is.
+        may_be_empty: something else is learnt from, so that there may be no term.
 
     Raises:
         ConfigError: a name, a weight or a parameter is wrong, or there is no term.
@@ -153,7 +157,7 @@ def build_terms(specs: Sequence[Any]) -> tuple[LossTerm, ...]:
             terms.append(LossTerm(name, weight, loss))
         else:
             terms.append(LossTerm(name, math.nan, loss, weight))
-    if all(term.weight == 0 for term in terms):
+    if all(term.weight == 0 for term in terms) and not (may_be_empty and not terms):
         raise ConfigError("loss: every weight is 0 or there is no term; nothing would be learnt.")
     names = [term.name for term in terms]
     if len(set(names)) < len(names):

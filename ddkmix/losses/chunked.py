@@ -41,7 +41,7 @@ class ChunkedObjective(MadeInForward):
         teacher = teacher_chunks(signal, chunk_tokens)
         gradients = Gradients(hidden, weight, bias, ctx.needs_input_grad[:3], covered=True)
         values = hidden.new_empty((len(terms), len(hidden)), dtype=compute_type(hidden))
-        token_weight = token_weight.to(values.dtype)
+        token_weight = token_weight.to(values.dtype).expand(len(terms), -1)
         multiple = token_multiple(terms)
         assert chunk_tokens % multiple == 0, "a group of tokens must not be cut"
         for start in range(0, len(hidden), chunk_tokens):
@@ -53,13 +53,13 @@ class ChunkedObjective(MadeInForward):
                 if not gradients.wanted:
                     values[:, here] = _values(terms, logits, about, labels[here])
                     continue
-                values[:, here], slope = _gradient(terms, logits, about, labels[here], token_weight[here])
+                values[:, here], slope = _gradient(terms, logits, about, labels[here], token_weight[:, here])
                 raw[rows] = student.pull_back(slope, logits)
             if gradients.wanted:
                 gradients.add(part, raw, student.weight)
         factors = values.new_tensor([term.weight for term in terms])
         gradients.keep(ctx, values)
-        return ((factors @ values) * token_weight).sum(), values
+        return (factors @ (values * token_weight)).sum(), values
 
 
 def _values(terms: Sequence[LossTerm], logits: Tensor, said: Block, labels: Tensor) -> Tensor:
@@ -80,18 +80,21 @@ def _has_closed_form(term: LossTerm) -> bool:
 def _gradient(
     terms: Sequence[LossTerm], logits: Tensor, said: Block, labels: Tensor, token_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(terms, n) losses of a block, and the derivative of their weighted sum by the logits."""
+    """(terms, n) losses of a block, and the derivative of their weighted sum by the logits.
+
+    `token_weight` is (terms, n).
+    """
     student, values, slopes, others = LogProbs(logits), [], [], []
-    for term in terms:
+    for term, row in zip(terms, token_weight, strict=True):
         if _has_closed_form(term):
             value, slope = term.loss.value_and_slope(student, said, labels)  # type: ignore[attr-defined]
-            slopes.append((term.weight * token_weight, slope))
+            slopes.append((term.weight * row, slope))
             values.append(value)
             continue
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
             value = term.loss(leaf, said.logits if isinstance(said, LogProbs) else said, labels)
-            weighted = (term.weight * token_weight * value).sum()
+            weighted = (term.weight * row * value).sum()
         others.append(torch.autograd.grad(weighted, leaf)[0])
         values.append(value.detach())
     gradient = logit_gradient(student, slopes)

@@ -88,6 +88,6 @@ def why_not(
         return "knows no scale and no soft cap of logits"
     if {hidden.dtype, head.weight.dtype, signal.hidden.dtype, signal.head.weight.dtype} != {torch.float32}:
         return "takes softmax and sums in the type of its inputs, so only float32 gives the same"
-    if len(token_weight) == 0 or bool((token_weight != token_weight[0]).any()):
+    if token_weight.dim() > 1 or len(token_weight) == 0 or bool((token_weight != token_weight[0]).any()):
         return "gives every token the same weight, and needs a token"
     return ""

@@ -51,7 +51,7 @@ def distillation_objective(
     hidden: Float[Tensor, "n D"],
     head: Head,
     labels: Int[Tensor, " n"],
-    token_weight: Float[Tensor, " n"],
+    token_weight: Float[Tensor, "*k n"],
     terms: Sequence[LossTerm],
     *,
     signal: Signal | None = None,
@@ -69,7 +69,8 @@ def distillation_objective(
         hidden: student's last hidden states of the tokens that predict, without those that do not.
         head: student's output layer, whole: call this inside the forward pass of the module that FSDP wraps.
         labels: next tokens.
-        token_weight: share of each token in the objective; the trainer puts all normalisation here.
+        token_weight: share of each token in the objective; the trainer puts all normalisation here. One row
+            for all terms, or one for each: a policy gradient weighs its terms differently. May be negative.
         terms: the weighted losses.
         signal: what the teacher says about the same tokens; None if no term needs it.
         impl: `chunked` (never holds a tokens x vocabulary tensor), `reference` (whole logits and autograd,
@@ -84,7 +85,7 @@ def distillation_objective(
         ModelError: the output layer is sharded, or teacher and student have different classes.
         NumericsError: the teacher's logits hold NaN or +inf.
     """
-    _check(hidden, head, terms, signal, impl)
+    _check(hidden, head, token_weight, terms, signal, impl)
     hidden, head = without_gradients(hidden, head)
     # the compute type is that of `hidden`; autocast would choose again inside every chunk
     with torch.autocast(hidden.device.type, enabled=False):
@@ -136,8 +137,16 @@ def _classes(head: Head) -> int:
     return len(head.weight[: head.vocab_size])
 
 
-def _check(hidden: Tensor, head: Head, terms: Sequence[LossTerm], signal: Signal | None, impl: str) -> None:
+def _check(
+    hidden: Tensor,
+    head: Head,
+    token_weight: Tensor,
+    terms: Sequence[LossTerm],
+    signal: Signal | None,
+    impl: str,
+) -> None:
     """What would otherwise end in an error from inside torch, or in a wrong number."""
+    assert token_weight.dim() == 1 or len(token_weight) == len(terms), "a row of weights for each term"
     if impl not in IMPLEMENTATIONS:
         raise ConfigError(f"impl = {impl!r}; it is one of {', '.join(IMPLEMENTATIONS)}.")
     if hasattr(head.weight, "placements"):

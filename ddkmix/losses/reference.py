@@ -16,7 +16,7 @@ def reference_objective(
     hidden: Float[Tensor, "n D"],
     head: Head,
     labels: Int[Tensor, " n"],
-    token_weight: Float[Tensor, " n"],
+    token_weight: Float[Tensor, "*k n"],
     terms: Sequence[LossTerm],
     signal: Signal | None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "terms n"]]:

@@ -117,6 +117,29 @@ def test_any_shape_equals_the_reference(seed, tokens, classes, chunk_tokens, kin
     assert_same(run(case, impl="reference"), run(case, chunk_tokens=chunk_tokens))
 
 
+@pytest.mark.parametrize("kind", ["dense", "bucket", "ensemble"])
+def test_each_term_may_have_its_own_weight_at_each_token(kind):
+    """Closed forms and autograd, weights of either sign: the reference, and the sum of the terms alone."""
+    case = make_case(kind)
+    weight = torch.randn(3, TOKENS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    whole = {**case, "token_weight": weight}
+    assert_same(run(whole, impl="reference"), run(whole, chunk_tokens=3))
+    alone = [
+        run({**case, "token_weight": row, "terms": (term,)}, chunk_tokens=3)
+        for row, term in zip(weight, case["terms"], strict=True)
+    ]
+    together = run(whole, chunk_tokens=3)
+    for part in (0, 2, 3, 4):
+        torch.testing.assert_close(sum(found[part] for found in alone), together[part], **EXACT)
+
+
+def test_one_row_of_weights_is_that_row_for_every_term():
+    """Bit for bit."""
+    case = make_case()
+    repeated = {**case, "token_weight": case["token_weight"].expand(3, -1)}
+    assert_same(run(case, chunk_tokens=3), run(repeated, chunk_tokens=3), rtol=0, atol=0)
+
+
 def test_a_wrong_closed_form_would_be_noticed():
     """The comparison can fail: the same values, and gradients that are not theirs."""
     case = make_case(terms=(LossTerm("wrong", 1.0, WrongSlope()),))
@@ -403,6 +426,7 @@ def test_liger_is_allowed_where_it_computes_the_same():
         ("takes softmax and sums in the type", {"hidden": torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16)}),
         ("gives every token the same weight", {"token_weight": torch.arange(7.0)}),
         ("gives every token the same weight", {"token_weight": torch.zeros(0)}),
+        ("gives every token the same weight", {"token_weight": torch.ones(2, TOKENS)}),
     ],
 )
 def test_liger_is_refused_where_it_computes_something_else(reason, changes):
