@@ -18,8 +18,7 @@ from ddkmix.held_out import HeldOut
 from ddkmix.index import DomainRows
 from ddkmix.logits_store.card import StoreCard, read_card, serving_store, write_card
 from ddkmix.logits_store.hidden import save_head
-from ddkmix.logits_store.reader import sidecar_of
-from ddkmix.logits_store.sidecar import SidecarWriter, sidecar_path
+from ddkmix.logits_store.sidecar import SidecarWriter, sidecar_of, sidecar_path
 from ddkmix.logits_store.totals import Totals, total, totals_of_facts
 from ddkmix.pack import PackedDomain, Part
 from ddkmix.preflight import Prepared, check

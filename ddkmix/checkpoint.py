@@ -4,7 +4,8 @@
     RUN/metrics.jsonl intervals.jsonl        what happened; the same after any interruption
     RUN/timings.jsonl                        how fast; never the same twice
     RUN/tracker_id                           what experiment trackers know it by, where there are some
-    RUN/checkpoints/step-000040/             parameters, optimizer and random state (Accelerate), state.json
+    RUN/checkpoints/step-000040/             parameters, optimizer and random state (Accelerate), state.json,
+                                             arrays.safetensors of what is too large for JSON
     RUN/student/                             the result, written last
 
 A checkpoint is written under a hidden name and renamed when whole and on disk. Tensors are safetensors;
@@ -14,21 +15,26 @@ the optimizer's file is loaded with weights_only.
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
-from ddkmix.config import Guards, RunConfig, dump_config
+from ddkmix.config import RunConfig, dump_config
 from ddkmix.errors import RunError
 from ddkmix.fingerprint import write_atomically
-from ddkmix.overrides import read_yaml
+from ddkmix.resolved_config import read_run_config
 
+_ARRAYS = "arrays.safetensors"
 _MAY_CHANGE = ("loader", "storage", "tracking", "run_dir", "cache_dir")
 """Sections that change neither the data nor the arithmetic."""
 _MAY_CHANGE_IN_TRAINER = ("checkpoint_steps", "keep_checkpoints", "microbatch_rows")
-_MAY_CHANGE_ON_REQUEST = ("domains", "mixture", "policy", "guards", "teachers", "default_teacher")
+_MAY_CHANGE_ON_REQUEST = (
+    *("domains", "mixture", "policy", "guards", "teachers", "default_teacher"),
+    "selection",
+)
 """Sections that change which rows come next or who comments on them, but not what was learned."""
 
 
@@ -93,44 +99,6 @@ def claim_run(config: RunConfig, *, changed_at: int | None = None) -> None:
         raise RunError(f"{run_dir} cannot be written ({error.strerror}); choose another run_dir.") from None
 
 
-def read_run_config(run_dir: Path) -> dict[str, Any]:
-    """The resolved config tree of a run.
-
-    Raises:
-        RunError: the folder is not a run, or its config is damaged.
-    """
-    try:
-        return read_resolved(run_dir / "config.yaml")
-    except FileNotFoundError:
-        raise RunError(f"{run_dir} is not a run directory (no config.yaml).") from None
-
-
-def read_resolved(path: Path) -> dict[str, Any]:
-    """A resolved config tree that a run wrote: `config.yaml`, or one that was replaced.
-
-    Raises:
-        RunError: it is damaged.
-        FileNotFoundError: there is none.
-    """
-    try:
-        tree: Any = read_yaml(path.read_text(encoding="utf-8"))
-        steps = tree["trainer"]["steps"]
-        if not isinstance(steps, int) or not isinstance(tree.get("policy", {}), dict):
-            raise ValueError(f"trainer.steps is {steps!r}, policy {tree.get('policy')!r}")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(path) from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        if isinstance(error, LookupError | TypeError):
-            reason = "no trainer.steps"
-        raise RunError(
-            f"{path} is damaged ({reason[:200]}): it is no config that a run wrote. Bring it back from a "
-            "copy, or write the one that the run was started with."
-        ) from None
-    # a run from before there were guards had none; made here, because callers change the tree
-    return {"guards": Guards.model_validate(False).model_dump(mode="json"), **tree}
-
-
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """The newest complete checkpoint."""
     found = sorted((run_dir / "checkpoints").glob("step-*"), key=_step_of)
@@ -143,7 +111,14 @@ def remove_partial(run_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def save_checkpoint(accelerator: Any, run_dir: Path, state: dict[str, Any], *, keep: int) -> Path:
+def save_checkpoint(
+    accelerator: Any,
+    run_dir: Path,
+    state: dict[str, Any],
+    *,
+    keep: int,
+    arrays: Mapping[str, np.ndarray] | None = None,
+) -> Path:
     """Write a checkpoint of everything that Accelerate prepared and of `state`, then prune old ones.
 
     Args:
@@ -151,6 +126,7 @@ def save_checkpoint(accelerator: Any, run_dir: Path, state: dict[str, Any], *, k
         run_dir: the run.
         state: JSON-able; `state["step"]` is the number of completed steps.
         keep: checkpoints to keep.
+        arrays: equal on all ranks, such as the rollouts of a replay buffer.
 
     Raises:
         RunError: it cannot be written; older checkpoints are untouched and no part of this one remains.
@@ -167,6 +143,8 @@ def save_checkpoint(accelerator: Any, run_dir: Path, state: dict[str, Any], *, k
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (partial / "state.json").write_text(json.dumps(state))
+            if arrays is not None:
+                _save_arrays(partial, arrays)
             for path in (*partial.rglob("*"), partial):
                 _sync(path)
             if final.exists():  # resumed exactly here: the same content again
@@ -203,6 +181,33 @@ def load_checkpoint(accelerator: Any, path: Path) -> dict[str, Any]:
             f"checkpoint {path} cannot be read ({reason}); delete that folder and resume from an older one."
         ) from error
     return state
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The `arrays` of a checkpoint; none of one that was written without.
+
+    Raises:
+        RunError: they are damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    if not (path / _ARRAYS).exists():
+        return {}
+    try:
+        arrays: dict[str, np.ndarray] = load_file(path / _ARRAYS)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(
+            f"checkpoint {path} cannot be read ({reason}); delete that folder and resume from an older one."
+        ) from None
+    return arrays
+
+
+def _save_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    from safetensors.numpy import save_file
+
+    save_file(dict(arrays), folder / _ARRAYS)
 
 
 def _random_file(folder: Path, rank: int) -> Path:

@@ -12,7 +12,7 @@ import typer
 
 from ddkmix.errors import ConfigError, DdkmixError, Interrupted
 from ddkmix.replay_command import replay
-from ddkmix.report_commands import Config, Overrides, check_format, gaps, seen, show
+from ddkmix.report_commands import Config, Overrides, check_format, gaps, rouge, seen, show
 
 app = typer.Typer(
     name="ddkmix",
@@ -50,7 +50,7 @@ def pack(
     check_format(style)
     share = parse_part(part) if part is not None else None
     run = _load(config, overrides)
-    tokenizer, _ = read_tokenizers(run, build_terms(run.loss))
+    tokenizer, _ = read_tokenizers(run, build_terms(run.loss, may_be_empty=True))
     domains = load_domains(run.domains, run.storage)
     packed = pack_rows(run, domains, tokenizer, part=share)
     print(render_packing(pack_report(packed), style))  # type: ignore[arg-type]  # checked above
@@ -133,15 +133,17 @@ def plan(
     from ddkmix.preflight import check, dummy_losses
     from ddkmix.prepare import open_mixture, open_rows
     from ddkmix.report.plan import render_plan
+    from ddkmix.selected import planned
 
     run = _load(config, overrides)
     prepared = check(run)
     packed = open_rows(prepared, shown=True)
+    packed, selection = planned(prepared, packed)
     mixture = open_mixture(run, packed)
     losses = dummy_losses(mixture.domains)
     first = next_state(prepared.policy, None, losses, mixture.natural_weights)
     mixture.set_weights(weights_of(first, losses))
-    print(render_plan(run, packed, mixture, style))  # type: ignore[arg-type]  # checked above
+    print(render_plan(run, packed, mixture, style, selection))  # type: ignore[arg-type]  # checked above
 
 
 @app.command()
@@ -155,7 +157,8 @@ def train(
         bool,
         typer.Option(
             "--allow-changes",
-            help="Resume with other domains, data, teachers of domains, mixture, policy or batch_rows.",
+            help="Resume with other domains, data, teachers of domains, mixture, selection, policy or "
+            "batch_rows.",
         ),
     ] = False,
 ) -> None:
@@ -215,7 +218,45 @@ def capture(
         print(render_captured(totals, style))  # type: ignore[arg-type]  # checked above
 
 
-for command in (gaps, show, replay, seen):
+@app.command()
+def generate(
+    config: Config,
+    by: Annotated[str, typer.Option(help="Who answers: teacher or student.", show_default=False)],
+    overrides: Overrides = None,
+    part: Annotated[str | None, typer.Option(help="3/16: every 16th shard, from the third.")] = None,
+    show: Annotated[
+        int, typer.Option("--show", min=0, help="Print so many prompts of each domain with responses.")
+    ] = 0,
+    style: FormatOption = "table",
+) -> None:
+    """Let the teacher or the student answer the prompts of all train rows, and store the responses."""
+    from ddkmix.options import quiet_libraries
+    from ddkmix.pack import parse_part
+
+    check_format(style)
+    if by not in ("teacher", "student"):
+        raise ConfigError(f"--by {by}: must be teacher or student.")
+    if show and style == "json":
+        raise ConfigError(f"--show {show}: text cannot follow JSON; use --format table or markdown.")
+    share = parse_part(part) if part is not None else None
+    run = _load(config, overrides)
+    quiet_libraries()
+    from ddkmix.generate import answer, open_generating
+    from ddkmix.report.generated import render_exchanges, render_generated
+
+    job = open_generating(run, by)  # type: ignore[arg-type]  # checked above
+    if job.left_out and job.rank == 0:
+        print(f"ddkmix: without prompts, left out: {', '.join(job.left_out)}.", file=sys.stderr)
+    totals = answer(job, part=share)
+    if totals is None:  # only the main rank is told
+        return
+    stores = {name: job.folder(name) for name in totals}
+    print(render_generated(totals, stores, style))  # type: ignore[arg-type]  # checked above
+    if show:
+        print(render_exchanges(job, show))
+
+
+for command in (gaps, rouge, show, replay, seen):
     app.command()(command)
 
 

@@ -16,9 +16,7 @@ from ddkmix.overrides import apply_override, read_yaml
 from ddkmix.run_average import average_of_run
 from ddkmix.sections import (
     NAME,
-    Capture,
     Evaluation,
-    FurtherTeacher,
     Guards,
     Loader,
     Mixture,
@@ -31,22 +29,26 @@ from ddkmix.sections import (
     Signal,
     Storage,
     Student,
-    Teacher,
     Tracking,
     Trainer,
 )
+from ddkmix.stage_sections import Capture, Generate, Rollouts
+from ddkmix.teacher_sections import FurtherTeacher, OnlineModules, Teacher
 from ddkmix.validation import explain
 
 __all__ = [
     "Capture",
     "Evaluation",
     "FurtherTeacher",
+    "Generate",
     "Guards",
     "Loader",
     "Mixture",
     "Named",
+    "OnlineModules",
     "Optimizer",
     "Pack",
+    "Rollouts",
     "RunConfig",
     "Schedule",
     "Section",
@@ -101,12 +103,16 @@ class RunConfig(Section):
     """How losses become mixture weights; see `ddkmix.policies`."""
     guards: Guards = Guards()
     """What holds them; `guards: off` is the policy as published."""
+    selection: Named | None = None
+    """Which rows of the domains teach, by what models think of them; see `ddkmix.selection`. Unset: all."""
     loss: tuple[Named, ...] = (
         Named.model_validate({"name": "cross_entropy", "weight": 1.0}),
         Named.model_validate({"name": "forward_kl", "weight": 0.2, "temperature": 1.0}),
     )
     """Weighted sum of losses; DDK: cross-entropy + 0.2 x KL(teacher || student) at temperature 1
     (arXiv 2407.16154, Eq. 3). See `ddkmix.losses`."""
+    objective: Named = Named(name="distill")
+    """What `loss` is applied to, and what is learnt beside it from responses; see `ddkmix.objectives`."""
     optimizer: Optimizer = Optimizer()
     """AdamW's settings."""
     schedule: Schedule = Schedule()
@@ -119,6 +125,10 @@ class RunConfig(Section):
     """Where the teacher's signal comes from."""
     capture: Capture = Capture()
     """What the logits store keeps of what the teacher says."""
+    generate: Generate = Generate()
+    """How models answer prompts, and where the responses are kept."""
+    rollouts: Rollouts = Rollouts()
+    """The student's own responses during training."""
     evaluation: Evaluation = Evaluation()
     """How much held-out text is measured."""
     tracking: Tracking = Tracking()

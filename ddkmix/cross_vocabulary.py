@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ddkmix.alignment import Retokenizer, same_tokens, token_bytes
 from ddkmix.batch import CrossSignal
-from ddkmix.distillation import about_predicted, predicted
+from ddkmix.errors import DataError
+from ddkmix.predicted_tokens import about_predicted, predicted
 from ddkmix.sources import IGNORE
 from ddkmix.teacher import LiveTeacher, label_nats
 from ddkmix.tokenizer import TokenizerCard
@@ -53,9 +54,14 @@ class CrossVocabularyTeacher:
             batch: `input_ids` and `labels` (B, T); labels are -100 behind a row's text.
 
         Raises:
-            DataError: a row's tokens are not text.
+            DataError: a row's tokens are not text, or it begins with a prompt.
         """
         ids, labels = batch["input_ids"], batch["labels"]
+        if ((labels[:, 0] == IGNORE) & (labels != IGNORE).any(1)).any():
+            raise DataError(
+                "a row's first labels are ignored, as those of a prompt are; with another tokenizer a "
+                "teacher reads rows of text, so leave prompt domains out."
+            )
         lengths = (labels != IGNORE).sum(1).tolist()
         readings = [
             self._reader.read(row[:size].numpy()) for row, size in zip(ids.cpu(), lengths, strict=True)

@@ -4,17 +4,16 @@ DDP, FSDP and ZeRO act through hooks on the wrapped module's forward. The output
 it, and never by its parameters from outside, so those hooks see every use.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ddkmix.batch import CrossSignal, DenseSignal, EnsembleSignal, Head, RoutedSignal, Signal
+from ddkmix.batch import CrossSignal, DenseSignal, Head, RoutedSignal, Signal
 from ddkmix.boundaries import check_isolation, document_positions
 from ddkmix.errors import ConfigError
 from ddkmix.losses import LossTerm
@@ -24,12 +23,10 @@ from ddkmix.losses.hidden_match import HiddenMatch
 from ddkmix.losses.objective import distillation_objective
 from ddkmix.matching import Matching, Mixing, teacher_states
 from ddkmix.models import head_of, hidden_states
-from ddkmix.sources import IGNORE
+from ddkmix.predicted_tokens import OfResponses, ResponseBatch, about_predicted, of_each_teacher, predicted
 
 _ALIGNED_TOKENS = 256
 """Tokens of either model whose logits exist at one time where vocabularies differ."""
-
-S = TypeVar("S", DenseSignal, DenseSignal | EnsembleSignal, Signal)
 
 
 class DistillationModel(nn.Module):
@@ -59,13 +56,27 @@ class DistillationModel(nn.Module):
         self._mixing = None if consistency is None else Mixing(consistency, student)
         self._vocab_size, self._chunk_tokens, self._memory_mb = vocab_size, chunk_tokens, memory_mb
         self._separator_id = separator_id
+        self.keeps_states = False
+        """Whether a forward pass with autograd on leaves its hidden states to `said`."""
+        self._kept: Tensor | None = None
+
+    def said(self) -> DenseSignal:
+        """What the student said in the last training pass, held fixed, for a teacher that learns from it.
+
+        Its states are given once, and only where `keeps_states`; the output layer is as it is now.
+        """
+        assert self._kept is not None, "set keeps_states, run a forward pass with autograd on, and ask once"
+        hidden, self._kept = self._kept, None
+        head = head_of(self.student, self._vocab_size, check=False)
+        bias = None if head.bias is None else head.bias.detach()
+        return DenseSignal(hidden=hidden, head=replace(head, weight=head.weight.detach(), bias=bias))
 
     def forward(
         self,
         input_ids: Int[Tensor, "B T"],
         labels: Int[Tensor, "B T"],
         token_weight: float | Tensor,
-        terms: Sequence[LossTerm],
+        terms: Sequence[LossTerm] | OfResponses,
         signal: Signal | RoutedSignal | CrossSignal | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "terms n"]]:
         """Objective and per-token losses of a batch.
@@ -74,7 +85,7 @@ class DistillationModel(nn.Module):
             input_ids: rows of tokens.
             labels: the same, unshifted, -100 where there is only padding.
             token_weight: share of every predicted token in the objective.
-            terms: the losses.
+            terms: the losses, or an objective of whole responses, whose values are returned in their place.
             signal: what the teacher says, or each teacher about its own rows, or one with another tokenizer;
                 None if no term needs it.
 
@@ -82,6 +93,8 @@ class DistillationModel(nn.Module):
             The sum over predicted tokens of token_weight x weighted losses, and the detached value of each
             term at the n predicted tokens, in row order (see `predicted`).
         """
+        if isinstance(terms, OfResponses):
+            return terms(self._responses(input_ids, labels, signal), token_weight)
         others = [t for t in terms if not isinstance(t.loss, HiddenMatch | HiddenConsistency)]
         if len(others) == len(terms):
             return self._of_logits(self._states(input_ids), labels, token_weight, terms, signal)
@@ -133,7 +146,26 @@ class DistillationModel(nn.Module):
         hidden = hidden_states(self.student, input_ids, document_positions(input_ids, self._separator_id))
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        if self.keeps_states and torch.is_grad_enabled():
+            self._kept = hidden.detach()
         return hidden
+
+    def _responses(
+        self, input_ids: Tensor, labels: Tensor, signal: Signal | RoutedSignal | CrossSignal | None
+    ) -> ResponseBatch:
+        assert signal is not None
+        assert not isinstance(signal, CrossSignal), "one tokenizer"
+        where, head = predicted(labels), head_of(self.student, self._vocab_size, check=False)
+        return ResponseBatch(
+            states=self._states(input_ids)[:, :-1][where],
+            head=head,
+            labels=labels[:, 1:][where],
+            where=where,
+            signal=signal if isinstance(signal, RoutedSignal) else about_predicted(signal, where),
+            compute=partial(self._objective, head),
+            chunk_tokens=self._chunk_tokens,
+            memory_mb=self._memory_mb,
+        )
 
     def _of_logits(
         self,
@@ -147,11 +179,11 @@ class DistillationModel(nn.Module):
         where = predicted(labels)
         targets = labels[:, 1:][where]
         weight = torch.as_tensor(token_weight, dtype=torch.float32, device=hidden.device)
-        weight = weight.expand(len(targets))
+        weight = weight if weight.dim() == 2 else weight.expand(len(targets))
         states, head = hidden[:, :-1][where], head_of(self.student, self._vocab_size, check=False)
         compute = partial(self._objective, head)
         if isinstance(signal, RoutedSignal):
-            return _of_each_teacher(compute, states, targets, weight, terms, signal, where)
+            return of_each_teacher(compute, states, targets, weight, terms, signal, where)
         if signal is not None and not isinstance(signal, CrossSignal):
             signal = about_predicted(signal, where)
         return compute(states, targets, weight, terms, signal)
@@ -186,36 +218,3 @@ class DistillationModel(nn.Module):
             total, values = total + objective, torch.cat([own, values])
         order = [[*plain, *across].index(term) for term in terms]
         return total, values[order]
-
-
-def _of_each_teacher(
-    compute: Callable[..., tuple[Tensor, Tensor]],
-    states: Tensor,
-    targets: Tensor,
-    weight: Tensor,
-    terms: Sequence[LossTerm],
-    signal: RoutedSignal,
-    where: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Each teacher's rows by themselves; values are put back into row order."""
-    row_of, total = where.nonzero()[:, 0], states.new_zeros((), dtype=torch.float32)
-    tokens, values = [], []
-    for rows, said in zip(signal.rows, signal.signals, strict=True):
-        own = torch.isin(row_of, rows).nonzero()[:, 0]
-        objective, value = compute(
-            states[own], targets[own], weight[own], terms, about_predicted(said, where[rows])
-        )
-        total = total + objective
-        tokens.append(own)
-        values.append(value)
-    return total, torch.cat(values, dim=1)[:, torch.cat(tokens).argsort()]
-
-
-def about_predicted(signal: S, where: Tensor) -> S:
-    """What is said about the predicted tokens of some rows, in row order; `where` as `predicted` gives it."""
-    return signal.at((slice(None), slice(None, -1))).at(where)
-
-
-def predicted(labels: Int[Tensor, "B T"]) -> Tensor:
-    """(B, T-1) bool: position t holds a state that predicts label t + 1."""
-    return labels[:, 1:] != IGNORE

@@ -18,9 +18,9 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from ddkmix.config import Storage
-from ddkmix.distillation import predicted
 from ddkmix.held_out import HeldOutRows
 from ddkmix.nats_cache import NatsCache
+from ddkmix.predicted_tokens import predicted
 from ddkmix.types import DomainLosses
 
 TokenNats = Callable[[Tensor, Tensor], Tensor]

@@ -39,6 +39,26 @@ def model_file(name: str, file: str, revision: str | None = None) -> Path:
         ) from None
 
 
+def optional_model_file(name: str, file: str, revision: str | None = None) -> Path | None:
+    """As `model_file`; None where the model has no such file, or the Hub's cache has none and it is offline.
+
+    Raises:
+        ModelError: the folder does not exist, or the Hub refuses.
+    """
+    if Path(name).is_dir():
+        path = Path(name) / file
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(name, file, revision=revision))
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, HFValidationError, OSError):
+        return model_file(name, file, revision)  # which says what is wrong with the name or the Hub
+
+
 def read_model_config(name: str, revision: str | None = None) -> dict[str, Any]:
     """A model's config.json, without loading anything else.
 

@@ -38,9 +38,9 @@ class DomainMixture(PlannedMixture[Any]):
     """An endless stream of batches whose domains follow mixture weights that may change at any step.
 
     Iterating gives dicts of tensors: `input_ids` (b, T) int64, `labels` (b, T) int64 (equal to input_ids,
-    -100 where there is only padding; not shifted, as transformers expects) and `domain_ids` (b,) int64
-    into `domains`, with b = batch_rows / world_size. The stream ends when no domain may serve another row.
-    Nothing is read before the first batch is asked for (but a few items of own datasets, to know them again).
+    -100 on prompts and padding; not shifted, as transformers expects) and `domain_ids` (b,) int64 into
+    `domains`, with b = batch_rows / world_size. The stream ends when no domain may serve another row. Nothing
+    is read before the first batch is asked for (but a few items of own datasets, to know them again).
 
     Axis letters: b rows of this rank, T tokens in a row, N domains.
 
@@ -56,7 +56,7 @@ class DomainMixture(PlannedMixture[Any]):
         prefetch_steps: batches that each of them reads ahead.
         max_epochs: passes allowed over any domain; a card's own limit wins where it is smaller.
         on_cap: "renormalize", "stop" or "error" at that limit.
-        count: what a weight is a share of: rows, or tokens without padding.
+        count: what a weight is a share of: rows, or tokens without padding (and without prompts).
         block_rows: rows are permuted inside blocks of this many.
         max_substitutes: damaged rows that other rows of their domain may stand in for.
         storage: how remote shards are read; the defaults of a config when None.

@@ -16,11 +16,22 @@ from ddkmix.errors import RunError
 class LossWindow:
     """Per domain: the sum of nats of each loss term and of the objective, and the number of tokens.
 
-    The objective has a sum of its own, because the weights of its terms may move within a window.
+    The objective has a sum of its own, because the weights of its terms may move within a window. Other
+    values of other things (pairs, responses) are summed alike.
     """
 
-    def __init__(self, terms: Sequence[str], domains: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self,
+        terms: Sequence[str],
+        domains: Sequence[str],
+        device: torch.device,
+        *,
+        name: str = "train",
+        unit: str = "tokens",
+    ) -> None:
+        """Metrics begin with `name`; `unit` is what is counted."""
         self._terms, self._domains = list(terms), list(domains)
+        self._name, self._unit = name, unit
         self._sums = torch.zeros((len(terms) + 2, len(domains)), dtype=torch.float64, device=device)
 
     def add(
@@ -40,21 +51,22 @@ class LossWindow:
 
         Returns:
             `train/objective`, `train/tokens`, and per term `train/<term>` and `train/<term>/<domain>`
-            (domains without a token are left out), nats per token.
+            (domains without a token are left out), nats per token; for `train` and `tokens` the names that
+            the window was made with.
         """
         sums = reduce(self._sums).cpu()
         self._sums = torch.zeros_like(self._sums)
         *terms, objective, counts = sums.tolist()
         total = max(sum(counts), 1.0)
         record: dict[str, float | int] = {
-            "train/objective": sum(objective) / total,
-            "train/tokens": int(sum(counts)),
+            f"{self._name}/objective": sum(objective) / total,
+            f"{self._name}/{self._unit}": int(sum(counts)),
         }
         for name, term in zip(self._terms, terms, strict=True):
-            record[f"train/{name}"] = sum(term) / total
+            record[f"{self._name}/{name}"] = sum(term) / total
             for domain, nats, count in zip(self._domains, term, counts, strict=True):
                 if count:
-                    record[f"train/{name}/{domain}"] = nats / count
+                    record[f"{self._name}/{name}/{domain}"] = nats / count
         return record
 
     def to_json(self, reduce: Callable[[Tensor], Tensor]) -> list[list[float]]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddkmix.config import RunConfig, load_config, parse_overrides
-from ddkmix.errors import ConfigError
+from ddkmix.errors import ConfigError, RunError
+from ddkmix.resolved_config import read_run_config
 
 
 def gaps_config(
@@ -45,6 +46,33 @@ def gaps_config(
         extra += [f"teacher.model={json.dumps(student)}", "evaluation.reference=cards"]
     base = {"run_dir": "unused", "trainer": {"steps": 1}, "teacher": {}, "student": {}}
     return parse_overrides(base, [*extra, *(overrides or [])], where="the options")
+
+
+def run_or_config(
+    path: Path, overrides: Sequence[str] | None, student: str | None
+) -> tuple[RunConfig, str | None]:
+    """The config of a file or of a run, and the student to look at.
+
+    Args:
+        path: a YAML file, or a run directory.
+        overrides: on top of either.
+        student: folder or Hub id; of a run its own student when None.
+
+    Returns:
+        The config, and the student's folder or Hub id; None for the one that the config describes.
+
+    Raises:
+        ConfigError: the file or a value is wrong.
+        RunError: the folder is no run, or has no student yet.
+    """
+    if not path.is_dir():
+        return load_config(path, overrides or []), student
+    read_run_config(path)  # says what is wrong with the folder
+    config = load_config(path / "config.yaml", overrides or [], resume=True)
+    folder = path / "student"
+    if student is None and not folder.is_dir():
+        raise RunError(f"{path} has no student yet; let the run end, or name one with --student.")
+    return config, student or str(folder)
 
 
 def quiet_libraries() -> None:

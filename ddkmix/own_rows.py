@@ -64,11 +64,16 @@ class OwnRows:
         return (self.num_rows,)
 
     @property
+    def kept_rows(self) -> None:
+        """All of them are served."""
+        return None
+
+    @property
     def seq_len(self) -> int | None:
         """Items may differ in length."""
         return None
 
-    def tokens_at(self, shard: int, row: int) -> int:
+    def counted_tokens_at(self, shard: int, row: int) -> int:
         """Tokens of an item; 1 where nobody said."""
         return 1 if self.num_tokens is None else int(self.num_tokens[row])
 

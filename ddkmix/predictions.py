@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddkmix.distillation import predicted
 from ddkmix.errors import ModelError
 from ddkmix.evaluator import TokenNats, WithDivergence
 from ddkmix.losses.forward_kl import ForwardKL
+from ddkmix.predicted_tokens import predicted
 
 _CHUNK_TOKENS = 1024
 """Tokens whose logits are turned into float32 at one time."""

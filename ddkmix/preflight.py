@@ -9,6 +9,7 @@ import numpy as np
 
 from ddkmix.card import ReferenceLoss
 from ddkmix.common_tokenizer import (
+    check_prompts,
     check_student_tokenizer,
     find_packer,
     read_gap_tokenizers,
@@ -23,11 +24,15 @@ from ddkmix.losses import LossTerm, build_terms, check_terms, check_weights
 from ddkmix.losses.hidden_consistency import HiddenConsistency
 from ddkmix.losses.hidden_match import HiddenMatch, check_layers_exist
 from ddkmix.measures import check_measures, needs_of
+from ddkmix.objective_checks import check_objective
+from ddkmix.objectives import Objective, build_objective
 from ddkmix.policies import Guarded, WeightPolicy, build_policy, guarded, next_state
 from ddkmix.policies.guards import unguarded
 from ddkmix.policies.protocol import at_interval
 from ddkmix.references import wanted_references
-from ddkmix.teachers import DEFAULT, Teachers, find_teachers
+from ddkmix.selection import Selection
+from ddkmix.selection.checks import check_selection
+from ddkmix.teachers import DEFAULT, Teachers, check_online, find_teachers
 from ddkmix.tokenizer import TokenizerCard, check_separator, tokenizer_fingerprint
 from ddkmix.trackers import check_trackers
 from ddkmix.types import DomainLosses
@@ -50,6 +55,7 @@ class Prepared:
     policy: WeightPolicy
     """With its guards."""
     terms: tuple[LossTerm, ...]
+    objective: Objective
     teachers: Teachers
     vocab_size: int | None
     """Classes that teachers and student share, where their padding differs."""
@@ -57,6 +63,8 @@ class Prepared:
     """What is measured beside the losses."""
     references: Mapping[str, ReferenceLoss] | None
     """What gaps are to, by domain, where it is not the teacher."""
+    selection: Selection | None
+    """Which rows teach; None where all do."""
 
     @property
     def separator_id(self) -> int | None:
@@ -88,20 +96,20 @@ def check(config: RunConfig, *, only_gaps: bool = False) -> Prepared:
 
     Args:
         config: the run.
-        only_gaps: nothing is to be trained, so that two tokenizers are no obstacle, and what the policy needs
-            is nobody's business; nor is a teacher with another tokenizer, where gaps are to references.
+        only_gaps: nothing is to be trained, so that two tokenizers are no obstacle, and what policy and
+            objective need is nobody's business; nor is a teacher with another tokenizer, where gaps are to
+            references.
 
     Raises:
         DdkmixError: the first thing that is wrong.
     """
     domains = load_domains(config.domains, config.storage)
-    told = at_interval(build_policy(config.policy), config.mixture.interval_steps)
-    policy = guarded(told, config.guards)
+    policy = guarded(at_interval(build_policy(config.policy), config.mixture.interval_steps), config.guards)
     _try_policy(policy, config, tuple(domain.name for domain in domains))
-    terms = build_terms(config.loss)
+    objective = build_objective(config.objective.model_dump())
+    terms = build_terms(config.loss, may_be_empty=objective.stands_alone)
     check_weights(terms, config.trainer.steps, config.schedule)
-    _check_batch(config)
-    check_trackers(config.tracking.trackers)
+    _check_loop(config)
     teacher = read_model_config(config.teacher.model, config.teacher.revision)
     read = read_gap_tokenizers if only_gaps else read_tokenizers
     tokenizer, teacher_tokenizer = read(config, terms)
@@ -117,13 +125,12 @@ def check(config: RunConfig, *, only_gaps: bool = False) -> Prepared:
     packer = find_packer(config, domains, two or [tokenizer])
     teachers = find_teachers(config, domains)
     _check_signal(config, terms)
-    student = _student_config(config, teacher)
+    student = student_config(config, teacher)
     _check_matching(config, terms, teachers, student)
     check_student_tokenizer(config, tokenizer)
-    if teacher_tokenizer is not None:
-        _check_only_teacher(teachers, config)
-    models = {} if unread else _teacher_configs(teachers, teacher, tokenizer)
-    models["student"] = student
+    check_prompts(domains, tokenizer, teacher_tokenizer)
+    _check_kind(config, None if only_gaps else terms, teachers, teacher_tokenizer, objective)
+    models = {**({} if unread else _teacher_configs(teachers, teacher, tokenizer)), "student": student}
     if not two:  # else texts are cut where they are too long for one of the models
         _check_positions(config, models)
     sizes = {name: model["vocab_size"] for name, model in models.items() if model.get("vocab_size")}
@@ -137,10 +144,12 @@ def check(config: RunConfig, *, only_gaps: bool = False) -> Prepared:
         teacher_tokenizer=teacher_tokenizer,
         policy=policy,
         terms=terms,
+        objective=objective,
         teachers=teachers,
         vocab_size=common_vocab(sizes, tokenizer.vocab_size),
         measures=measures,
         references=_references(config, domains, tokenizer),
+        selection=check_selection(config, tokenizer, teacher_tokenizer),
     )
 
 
@@ -213,7 +222,8 @@ def _check_matching(
             check_layers_exist("teacher", term.loss.teacher_layers, theirs)
 
 
-def _check_batch(config: RunConfig) -> None:
+def _check_loop(config: RunConfig) -> None:
+    check_trackers(config.tracking.trackers)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rows = config.trainer.batch_rows
     if rows % world_size:
@@ -229,6 +239,22 @@ def _references(
     if config.evaluation.reference == "teacher":
         return None
     return wanted_references(domains, tokenizer.fingerprint)
+
+
+def _check_kind(
+    config: RunConfig,
+    terms: Sequence[LossTerm] | None,
+    teachers: Teachers,
+    other: TokenizerCard | None,
+    objective: Objective,
+) -> None:
+    """What objectives and modules, of a training only, and another vocabulary ask of the teachers."""
+    if terms is not None:
+        check_objective(objective, config, one_tokenizer=other is None, teachers=teachers)
+        asked = any(term.loss.needs_teacher for term in terms)
+        check_online(config, teachers, one_tokenizer=other is None, asked=asked)
+    if other is not None:
+        _check_only_teacher(teachers, config)
 
 
 def _check_only_teacher(teachers: Teachers, config: RunConfig) -> None:
@@ -267,7 +293,8 @@ def _check_positions(config: RunConfig, models: Mapping[str, dict[str, Any]]) ->
             )
 
 
-def _student_config(config: RunConfig, teacher: dict[str, Any]) -> dict[str, Any]:
+def student_config(config: RunConfig, teacher: dict[str, Any]) -> dict[str, Any]:
+    """The student's config.json, given the teacher's."""
     student = config.student
     if student.init == "prune":
         assert student.layers is not None

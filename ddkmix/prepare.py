@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ddkmix.common_tokenizer import refuse_prompts
 from ddkmix.config import RunConfig, Storage, Teacher
 from ddkmix.domains import Domain
 from ddkmix.errors import ConfigError, DataError
@@ -64,12 +65,14 @@ def open_rows(prepared: Prepared, *, shown: bool) -> dict[str, PackedDomain]:
 
     Raises:
         DataError: see `pack.pack_domains`; or documents are to be kept apart by a separator that some of them
-            contain.
+            contain; or rows are prompts and student and teacher have different tokenizers.
     """
     packed = pack_rows(prepared.config, prepared.domains, prepared.tokenizer, shown=shown)
-    if prepared.separator_id is not None:
-        for rows in (rows for domain in packed.values() for rows in (domain.train, domain.held_out)):
+    for rows in (rows for domain in packed.values() for rows in (domain.train, domain.held_out)):
+        if prepared.separator_id is not None:
             _check_separators(rows, prepared.tokenizer)
+        if prepared.teacher_tokenizer is not None:
+            refuse_prompts(rows)
     return packed
 
 
@@ -200,9 +203,11 @@ def check_remote(prepared: Prepared) -> None:
 def _check_separators(rows: DomainRows, tokenizer: TokenizerCard) -> None:
     """Raises DataError if a document of these rows contains the separator, which would cut it in two."""
     for shard in rows.shards:
-        if extra := shard.report["separators"] - shard.report["documents"]:
+        # a prompt and its response are one document, which ends with the end of the turn
+        documents = 0 if rows.are_prompts else shard.report["documents"]
+        if extra := shard.report["separators"] - documents:
             raise DataError(
                 f"domain {rows.domain!r}: {extra} tokens in the text of {shard.name} are the separator "
-                f"{tokenizer.separator!r}; documents cannot be kept apart by it. Set pack.separator to a "
-                "special token, or trainer.document_boundaries to false."
+                f"{tokenizer.separator!r}; documents cannot be kept apart by it. Set pack.separator to "
+                "another special token, or trainer.document_boundaries to false."
             )

@@ -7,10 +7,15 @@ so where they lie (`folder`, the tokenizer's `path`) may change without changing
 """
 
 import json
+import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
 
 from ddkmix.config import RunConfig
 from ddkmix.errors import RunError
@@ -26,7 +31,20 @@ class ShardRecord:
 
     name: str
     rows: int
+    """Rows that are served."""
     sha256: str
+    kept: str | None = None
+    """Which rows these are, a bit for each row of the shard (`as_text`); None where all are."""
+
+    @property
+    def kept_rows(self) -> Int[np.ndarray, " n"]:
+        """The numbers of the rows that are served."""
+        return np.arange(self.rows) if self.kept is None else np.flatnonzero(from_text(self.kept))
+
+    def __post_init__(self) -> None:
+        """Check what replaying takes for granted."""
+        if self.kept is not None and len(self.kept_rows) != self.rows:
+            raise ValueError(f"{self.name} serves {self.rows} rows and keeps {len(self.kept_rows)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +66,13 @@ class DomainRecord:
     def num_rows(self) -> int:
         """One epoch."""
         return sum(shard.rows for shard in self.shards)
+
+    @property
+    def kept_rows(self) -> Int[np.ndarray, " n"] | None:
+        """What `DomainRows.kept_rows` was."""
+        if all(shard.kept is None for shard in self.shards):
+            return None
+        return np.concatenate([shard.kept_rows for shard in self.shards])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,11 +162,9 @@ def describe(
             DomainRecord(
                 fingerprint=rows[name].fingerprint,
                 folder=_folder(rows[name].shards[0].location),
-                tokens=rows[name].num_tokens,
+                tokens=rows[name].counted_tokens,
                 max_epochs=min(limits, default=None),
-                shards=tuple(
-                    ShardRecord(name=s.name, rows=s.num_rows, sha256=s.sha256) for s in rows[name].shards
-                ),
+                shards=_shards(rows[name]),
             )
         )
     return DataBlock(
@@ -214,6 +237,33 @@ def block_at(blocks: Sequence[DataBlock], step: int, run_dir: Path) -> DataBlock
             f"{step} was served is not known."
         )
     return found[-1]
+
+
+def as_text(bits: Bool[np.ndarray, " n"]) -> str:
+    """One bit for each row, as text that JSON holds: 1,000 rows are at most 184 characters."""
+    return b64encode(zlib.compress(np.packbits(bits).tobytes())).decode()
+
+
+def from_text(text: str) -> Bool[np.ndarray, " n"]:
+    """The bits that `as_text` wrote, and up to seven more behind them that are not set.
+
+    Raises:
+        ValueError: it wrote something else.
+    """
+    try:
+        packed = np.frombuffer(zlib.decompress(b64decode(text)), dtype=np.uint8)
+    except zlib.error as error:
+        raise ValueError(f"bits of rows are damaged: {error}") from None
+    return np.unpackbits(packed).astype(np.bool_)
+
+
+def _shards(rows: DomainRows) -> tuple[ShardRecord, ...]:
+    found = []
+    for shard, served, start in zip(rows.shards, rows.shard_rows, rows.places.starts.tolist(), strict=True):
+        bits = None if rows.kept is None else rows.kept[start : start + shard.num_rows]
+        kept = None if bits is None or bits.all() else as_text(bits)
+        found.append(ShardRecord(name=shard.name, rows=served, sha256=shard.sha256, kept=kept))
+    return tuple(found)
 
 
 def _folder(location: str) -> str:

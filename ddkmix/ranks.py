@@ -13,6 +13,19 @@ from ddkmix.errors import ConfigError
 T = TypeVar("T")
 
 
+def open_processes() -> Any:
+    """Accelerate's view of the processes, connected, on the CPU where ACCELERATE_USE_CPU says so.
+
+    Its `PartialState` alone looks for accelerators only, and leaves ranks on CPUs without a group: each would
+    then take its own share for the whole.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    asked: bool = parse_flag_from_env("ACCELERATE_USE_CPU")  # type: ignore[no-untyped-call]
+    return PartialState(cpu=asked)
+
+
 def current_rank() -> tuple[int, int]:
     """(rank, world size) of this process.
 

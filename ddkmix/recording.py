@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ddkmix.batch import DenseSignal, EnsembleSignal, Head
 from ddkmix.config import Storage
-from ddkmix.distillation import about_predicted
 from ddkmix.index import DomainRows
 from ddkmix.logits_store.card import StoreCard
 from ddkmix.logits_store.codec import RecordFormat, decode, encode
@@ -21,11 +20,10 @@ from ddkmix.logits_store.hidden import decode_hidden, encode_hidden
 from ddkmix.logits_store.signal import columns_of
 from ddkmix.logits_store.totals import Totals, totals_of
 from ddkmix.models import head_of
+from ddkmix.predicted_tokens import about_predicted
 from ddkmix.rows import RowReader, byte_reader
-from ddkmix.teacher import EnsembleTeacher, LiveTeacher, label_nats
+from ddkmix.teacher import CHUNK_TOKENS, EnsembleTeacher, LiveTeacher, label_nats
 from ddkmix.truncation import seeded_uniforms, truncate_said
-
-_CHUNK_TOKENS = 256
 
 
 def head_of_teacher(teacher: LiveTeacher | EnsembleTeacher, vocab_size: int | None) -> Head:
@@ -118,7 +116,7 @@ class Recorder:
 
         parts = [slice(start, end) for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
         if kept.hidden_bytes is not None:
-            nats = label_nats(said, labels, chunk_tokens=_CHUNK_TOKENS).cpu().numpy()
+            nats = label_nats(said, labels, chunk_tokens=CHUNK_TOKENS).cpu().numpy()
             assert isinstance(said, DenseSignal)
             hidden = said.hidden.cpu()
             for part in parts:

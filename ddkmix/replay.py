@@ -14,14 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ddkmix.checkpoint import latest_checkpoint, read_run_config
+from ddkmix.checkpoint import latest_checkpoint
 from ddkmix.errors import DataError, RunError
 from ddkmix.index import DomainRows, ShardIndex, read_index
 from ddkmix.order import DomainOrder, locate
 from ddkmix.planner import PlannerState, StepPlan, plan_step
 from ddkmix.provenance import DataBlock, ShardRecord, block_at, read_blocks
+from ddkmix.records import read_lines
+from ddkmix.resolved_config import read_run_config
 from ddkmix.rows import RowReader
-from ddkmix.tracking import read_lines
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +80,15 @@ class PackedRows:
             DataError: its shard is gone, damaged, or another one.
         """
         return int(self._index(domain, shard).num_tokens[row])
+
+    def counted(self, domain: str, shard: str, row: int) -> int:
+        """What a row counts where weights are shares of tokens; see `DomainRows.counted_tokens_at`.
+
+        Raises:
+            DataError: its shard is gone, damaged, or another one.
+        """
+        prompts = self._index(domain, shard).num_prompt_tokens
+        return self.length(domain, shard, row) - (0 if prompts is None else int(prompts[row]))
 
     def close(self) -> None:
         """Close every file."""
@@ -226,6 +236,7 @@ class Replay:
                     shard_rows=tuple(shard.rows for shard in record.shards),
                     seed=block.seed,
                     block_rows=block.block_rows,
+                    kept_rows=record.kept_rows,
                 )
                 for name, record in zip(block.settings.domains, block.domains, strict=True)
             ]
@@ -235,7 +246,7 @@ class Replay:
     def _length(self, block: DataBlock, domain: int, j: int) -> int:
         name = block.settings.domains[domain]
         try:
-            return self.packed(block.from_step + 1).length(name, *self._place(block, domain, j))
+            return self.packed(block.from_step + 1).counted(name, *self._place(block, domain, j))
         except DataError as error:
             raise RunError(
                 f"weights are shares of tokens in this run, so its packed rows are needed to plan it again: "

@@ -1,4 +1,4 @@
-"""The commands that tell what was measured and served: `gaps`, `show`, `seen`."""
+"""The commands that measure, and tell what was measured and served: `gaps`, `rouge`, `show`, `seen`."""
 
 import sys
 from pathlib import Path
@@ -69,6 +69,35 @@ def gaps(
         ),
         words=lambda words_style: render_gaps(found.losses, weights, words_style),
     )
+
+
+def rouge(
+    config: Annotated[Path, typer.Argument(help="YAML config, or run directory.", show_default=False)],
+    overrides: Overrides = None,
+    student: Annotated[
+        str | None, typer.Option(help="Folder or Hub id; the run's or config's student when unset.")
+    ] = None,
+    teacher: Annotated[bool, typer.Option("--teacher", help="Let the teacher answer, too.")] = False,
+    style: Annotated[str, typer.Option("--format", help="table, json or markdown.")] = "table",
+) -> None:
+    """Report Rouge-L of a student's responses to held-out prompts, decoded greedily."""
+    from ddkmix.options import quiet_libraries, run_or_config
+
+    check_format(style)
+    run, found = run_or_config(config, overrides, student)
+    quiet_libraries()
+    from ddkmix.ranks import current_rank
+    from ddkmix.report.rouge import render_rouge
+    from ddkmix.rouge import response_rouge
+
+    answered = [response_rouge(run, student=found)]
+    if teacher:
+        answered.append(response_rouge(run, student=found, by="teacher"))
+    if current_rank()[0]:
+        return
+    if answered[0].left_out:
+        print(f"ddkmix: without prompts, left out: {', '.join(answered[0].left_out)}.", file=sys.stderr)
+    print(render_rouge(answered, style))  # type: ignore[arg-type]  # checked above
 
 
 def show(

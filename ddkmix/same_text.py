@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Int
 
 from ddkmix.alignment import is_byte_level, text_of, token_bytes
+from ddkmix.common_tokenizer import refuse_prompts
 from ddkmix.config import Storage
 from ddkmix.errors import DataError
 from ddkmix.held_out import HeldOut, OpenRows
@@ -148,10 +149,12 @@ def read_both(
         storage: how remote rows are read.
 
     Raises:
-        DataError: a row cannot be read, or no row of a domain can be spelt by both tokenizers.
+        DataError: a row cannot be read, no row of a domain can be spelt by both tokenizers, or a domain holds
+            prompts, which each model has a chat template of its own for.
     """
     own, theirs, left_out = {}, {}, {}
     for name, rows in held_out.items():
+        refuse_prompts(rows.rows)
         found = [_both(documents, student, teacher) for documents in _documents(rows, texts, storage)]
         kept = [one for one in found if one is not None and one[2]]
         left_out[name] = sum(one is None for one in found)

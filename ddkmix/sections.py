@@ -30,44 +30,11 @@ class Section(BaseModel):
 
 
 class Named(BaseModel):
-    """`name` and the parameters of a policy or a loss, which checks them itself."""
+    """`name` and the parameters of a policy, an objective, a loss or a selection, which checks them."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
     name: str
-    """An entry of `ddkmix.POLICIES` or `ddkmix.LOSSES`, or `package.module:Class`."""
-
-
-class Teacher(Section):
-    """The model to learn from."""
-
-    model: str
-    """Local folder or Hub id."""
-    revision: str | None = None
-    """Hub revision (branch, tag or commit)."""
-    dtype: Dtype = "bfloat16"
-    """Parameters are loaded in this type; the teacher is never trained."""
-
-
-class FurtherTeacher(Section):
-    """A teacher beside the config's `teacher`: another model, or an ensemble of models."""
-
-    model: str | None = None
-    """Local folder or Hub id; a model that shares the tokenizer of `teacher`."""
-    revision: str | None = None
-    """Hub revision (branch, tag or commit)."""
-    dtype: Dtype = "bfloat16"
-    """Parameters are loaded in this type."""
-    ensemble: dict[str, Positive] | None = None
-    """Instead of a model: weights of other entries, or of `teacher`. p is proportional to the product of
-    p_k ** weight_k, weights normalised: a mean of log-probabilities at temperature 1."""
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> "FurtherTeacher":
-        if (self.model is None) == (not self.ensemble):
-            raise ValueError("a teacher is a `model` or an `ensemble` of names and weights; give one of them")
-        if self.ensemble and {"revision", "dtype"} & self.model_fields_set:
-            raise ValueError("revision and dtype belong to the members of an ensemble; set them there")
-        return self
+    """An entry of `POLICIES`, `OBJECTIVES`, `LOSSES` or `SELECTIONS`, or `package.module:Class`."""
 
 
 class Student(Section):
@@ -241,32 +208,6 @@ class Storage(Section):
     """Seconds without an answer after which a try has failed."""
     allow_pipe: bool = False
     """Allow `pipe:COMMAND` locations in cards, which run COMMAND in a shell."""
-
-
-class Capture(Section):
-    """What the logits store keeps of what the teacher says (`ddkmix capture`)."""
-
-    keep: Literal["top_p_k", "top_k", "drawn", "top_k_drawn", "hidden"] = "top_p_k"
-    """`top_p_k`: the smallest set of classes with mass `p`, at most `k` (arXiv 2410.16215).
-    `top_k`: the `k` likeliest. `drawn`: `draws` draws with replacement (arXiv 2503.16870). `top_k_drawn`: the
-    `k` likeliest, and draws from the rest. `hidden`: the last hidden states, which give all classes."""
-    p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    """Share of the mass that `top_p_k` keeps."""
-    k: Annotated[int, Field(ge=1, le=65_535)] = 50
-    """Most classes kept for a token, beside drawn ones."""
-    draws: Annotated[int, Field(ge=1, le=255)] = 12
-    """Draws for a token, of `drawn` and `top_k_drawn`."""
-    log_prob_bytes: Literal[1, 2] = 1
-    """Bytes of a log-probability: 1, a grid, or 2, a half-precision number."""
-    hidden_bytes: Literal[1, 2, 4] = 2
-    """Bytes of a number in a hidden state: 1, an integer with a scale for each token; 2, half precision, or
-    the teacher's own bfloat16; 4, single precision."""
-    temperatures: tuple[Annotated[float, Field(gt=0, le=1000)], ...] = ()
-    """Temperatures that tempered probabilities are exact at, beside those that `loss` names."""
-    folder: Path | None = None
-    """Stores lie in here, a folder each; `<cache_dir>/logits` when unset."""
-    batch_rows: PositiveInt = 8
-    """Rows in a forward pass of the teacher."""
 
 
 class Evaluation(Section):

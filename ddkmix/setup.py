@@ -2,29 +2,37 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from ddkmix.checkpoint import claim_run, config_changes, find_run, load_checkpoint
+from ddkmix.answering import open_answers, open_prompts
+from ddkmix.answers import ROLLOUT_VALUES
+from ddkmix.checkpoint import claim_run, config_changes, find_run, load_arrays, load_checkpoint
 from ddkmix.config import RunConfig, dump_config
 from ddkmix.distillation import DistillationModel
-from ddkmix.errors import ConfigError, RunError
+from ddkmix.errors import ConfigError
 from ddkmix.matching import Matching, consistency_of, hidden_match_of
 from ddkmix.metrics import LossWindow
 from ddkmix.models import build_student, save_student
+from ddkmix.online_step import check_replicated, open_online
 from ddkmix.pack import PackedDomain
 from ddkmix.preflight import Prepared, check
 from ddkmix.prepare import open_mixture, open_rows
 from ddkmix.provenance import DataBlock, describe, record_data
+from ddkmix.restoring import restore, restore_answers, same_domains
 from ddkmix.reweighting import Reweighter
+from ddkmix.row_weights import row_weights_of
+from ddkmix.run import Run
+from ddkmix.selected import record_kept
+from ddkmix.selecting import select_rows
 from ddkmix.signals import noting_signals
 from ddkmix.teacher import LiveTeacher, SignalSource
 from ddkmix.teaching import held_out_rows, open_evaluator, open_teaching
 from ddkmix.trackers import check_taken, run_options, settings_of
 from ddkmix.tracking import progress_bar
-from ddkmix.trainer import Run, run_loop
+from ddkmix.trainer import run_loop, token_nats
 from ddkmix.types import DomainLosses
 
 
@@ -63,13 +71,17 @@ def train(
     checkpoint, changes = _from_main(accelerator, (found, changes))
     with accelerator.main_process_first():
         packed = open_rows(prepared, shown=accelerator.is_main_process)
+    packed, kept = select_rows(prepared, packed, accelerator.device, shown=accelerator.is_main_process)
     run = _open(prepared, packed, accelerator)
     run.on_losses = on_losses
     if checkpoint is not None:
         state = load_checkpoint(accelerator, checkpoint)
-        changes = [*changes, *_restore(run, state, changes, allow_changes=allow_changes)]
+        run.online.load(load_arrays(checkpoint), of=checkpoint, sums=same_domains(run, state) and run.main)
+        changes = [*changes, *restore(run, state, changes, allow_changes=allow_changes)]
+        changes += restore_answers(run, state, load_arrays(checkpoint), afresh=bool(changes))
     if run.main:
         _claim(run, _describe(run, prepared, packed), changes)
+        record_kept(config.run_dir, kept)
     _open_trackers(run)
     total = config.trainer.steps
     with progress_bar("train", total=total, shown=run.main) as bar, noting_signals(run.stop_signal):
@@ -110,11 +122,13 @@ def _from_main(accelerator: Any, value: Any) -> Any:
 
 def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any) -> Run:
     config = prepared.config
+    check_replicated(config, accelerator.distributed_type)
     mixture = open_mixture(
         config, packed, rank=accelerator.process_index, world_size=accelerator.num_processes
     )
     evaluator = open_evaluator(config, held_out_rows(config, packed), accelerator.device)
     train_rows = {name: domain.train for name, domain in packed.items()}
+    asked = open_prompts(prepared, packed)
     teaching = open_teaching(prepared, train_rows, evaluator, mixture.domains)
     student = build_student(config.student, config.teacher, seed=config.seed)
     if config.trainer.gradient_checkpointing:
@@ -122,14 +136,18 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
         enable = enable or student.gradient_checkpointing_enable
         enable()
     model = distillation_model(prepared, student, teaching.source)
+    online = open_online(config, teaching.source, model, mixture.domains)
     model, optimizer = accelerator.prepare(model, _optimizer(config, model))
-    terms = [term.name for term in prepared.terms]
+    answers = None
+    if asked is not None:
+        answers = open_answers(prepared, packed, asked, student, teaching.source, accelerator)
     return Run(
         config=config,
         accelerator=accelerator,
         mixture=mixture,
         reweighter=Reweighter(mixture, None, prepared.policy, interval_steps=config.mixture.interval_steps),
         terms=prepared.terms,
+        objective=prepared.objective,
         student=model,
         optimizer=optimizer,
         teacher=teaching.source,
@@ -138,8 +156,31 @@ def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any)
         teacher_nats=teaching.nats,
         measures=prepared.measures,
         evaluator=evaluator,
-        window=LossWindow(terms, mixture.domains, accelerator.device),
+        **_windows(prepared, mixture.domains, accelerator.device),
+        answers=answers,
+        online=online,
+        row_weights=row_weights_of(
+            prepared.selection,
+            mixture.domains,
+            student=model,
+            nats=token_nats(model),
+            teacher=teaching.source,
+            microbatch_rows=config.trainer.microbatch_rows,
+            chunk_tokens=config.trainer.logits_chunk_tokens,
+        ),
     )
+
+
+def _windows(prepared: Prepared, domains: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """The sums of what is recorded."""
+    terms, others = [term.name for term in prepared.terms], {}
+    for name, values in prepared.objective.windows().items():
+        unit = "pairs" if name == "pairs" else "tokens"
+        others[name] = LossWindow(values, domains, device, name=name, unit=unit)
+    if "student_responses" in prepared.objective.needs:
+        window = LossWindow(ROLLOUT_VALUES, domains, device, name="rollouts", unit="responses")
+        others["rollouts"] = window
+    return {"window": LossWindow(terms, domains, device), "windows": others}
 
 
 def _describe(run: Run, prepared: Prepared, packed: dict[str, PackedDomain]) -> DataBlock:
@@ -190,37 +231,6 @@ def _optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Optimiz
     )
 
 
-def _restore(run: Run, state: dict[str, Any], changes: list[str], *, allow_changes: bool) -> list[str]:
-    """Take up a checkpoint; returns what has changed in the stream since, beside the config's `changes`.
-
-    Other domains, another policy or other guards begin with a measurement, a policy with no memory; metrics
-    of steps that were not written yet are dropped where the domains differ.
-    """
-    found = run.mixture.load_state_dict(state["mixture"], allow_changes=allow_changes)
-    same_domains = list(state["mixture"]["data"]) == list(run.mixture.domains)
-    same_policy = not any(change.startswith(("policy", "guards")) for change in changes)
-    others = _other_teachers(run, state.get("teachers", {}), allow_changes=allow_changes)
-    if same_domains and same_policy:
-        run.reweighter.policy_state = state["policy"]
-    run.measure_now = not (same_domains and same_policy) or bool(others)
-    run.total_tokens = state["total_tokens"]
-    if same_domains:
-        run.window.load_json(state["window"], is_main=run.main)
-    return [*found, *others]
-
-
-def _other_teachers(run: Run, before: Mapping[str, str], *, allow_changes: bool) -> list[str]:
-    """Domains whose teacher is another one than in a checkpoint: the cards name it, or its files changed."""
-    names = [name for name, key in run.teacher_keys.items() if before.get(name, key) != key]
-    if names and not allow_changes:
-        raise RunError(
-            f"{run.config.run_dir}: the teacher of {', '.join(names)} is not the one that the run began "
-            "with (its name in the card, its files, dtype or shares); take that one again, or go on with "
-            "--allow-changes."
-        )
-    return [f"{name} has another teacher" for name in names]
-
-
 def _claim(run: Run, block: DataBlock, changes: list[str]) -> None:
     """Write down what runs from here on, and take back what was logged of the steps to come."""
     run_dir, start = run.config.run_dir, run.mixture.state.step
@@ -253,9 +263,10 @@ def _open_trackers(run: Run) -> None:
 
 
 def _save(run: Run, prepared: Prepared) -> None:
-    """Write RUN/student under a hidden name and rename it when whole."""
+    """Write RUN/student under a hidden name and rename it when whole; what the teacher has learned before."""
     import shutil
 
+    run.online.save(run.config.run_dir / "teacher_modules.safetensors")
     final = run.config.run_dir / "student"
     partial = final.with_name(f".student-{os.getpid()}")
     student = run.accelerator.unwrap_model(run.student).student

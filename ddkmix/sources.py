@@ -160,7 +160,7 @@ class ItemSource:
 
 
 def tensors_of(batch: RowBatch) -> dict[str, Any]:
-    """What a loop receives: `input_ids` and `labels` (b, T) int64."""
+    """What a loop receives: `input_ids` and `labels` (b, T) int64, which ignore padding and prompts."""
     from torch import arange, from_numpy, int64
 
     assert batch.tokens is not None
@@ -168,6 +168,8 @@ def tensors_of(batch: RowBatch) -> dict[str, Any]:
     labels, seq_len = input_ids.clone(), input_ids.shape[1]
     if batch.num_tokens.min(initial=seq_len) < seq_len:
         labels.masked_fill_(arange(seq_len) >= from_numpy(batch.num_tokens)[:, None], IGNORE)
+    if batch.num_prompt_tokens is not None:
+        labels.masked_fill_(arange(seq_len) < from_numpy(batch.num_prompt_tokens)[:, None], IGNORE)
     return {"input_ids": input_ids, "labels": labels}
 
 
@@ -181,8 +183,14 @@ def with_arrays(batch: Any, **arrays: Int[np.ndarray, "b ..."]) -> Any:
 
 
 def position_ids(batch: RowBatch, separator_id: int) -> Any:
-    """Positions (b, T) int64 that restart at every document; see `segments`."""
+    """Positions (b, T) int64 that restart at every document; see `segments`.
+
+    A prompt and its response are one document, whatever a chat template puts between the turns.
+    """
     from torch import from_numpy
 
     assert batch.tokens is not None
-    return from_numpy(document_positions(batch.tokens, separator_id))
+    positions = document_positions(batch.tokens, separator_id)
+    if batch.num_prompt_tokens is not None:
+        positions[batch.num_prompt_tokens > 0] = np.arange(positions.shape[1])
+    return from_numpy(positions)

@@ -9,7 +9,7 @@ from math import inf
 from typing import Generic, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from ddkmix.errors import ConfigError, DataError
 from ddkmix.mixture_state import StreamIdentity
@@ -45,6 +45,11 @@ class Rows(Protocol):
         ...
 
     @property
+    def kept_rows(self) -> Int[np.ndarray, " n"] | None:
+        """Number in its shard of each of them, shard after shard; None where shards are served whole."""
+        ...
+
+    @property
     def max_epochs(self) -> float | None:
         """The domain's own limit."""
         ...
@@ -59,8 +64,8 @@ class Rows(Protocol):
         """Tokens of every row; None where rows differ."""
         ...
 
-    def tokens_at(self, shard: int, row: int) -> int:
-        """Tokens of a row, without padding."""
+    def counted_tokens_at(self, shard: int, row: int) -> int:
+        """What a row counts where weights are shares of tokens."""
         ...
 
     def name_of(self, shard: int, row: int) -> str:
@@ -98,7 +103,7 @@ class Stream(Generic[R]):
 
     def _row_tokens(self, domain: int, j: int) -> int:
         shard, row = locate(self.orders[domain], j)
-        return self.rows[domain].tokens_at(shard, row)
+        return self.rows[domain].counted_tokens_at(shard, row)
 
     def row_names(self, plan: StepPlan) -> list[str]:
         """The names of a plan's rows (`code/train-000003.tar#17`), all ranks, in slot order."""
@@ -134,6 +139,7 @@ def describe_stream(
                 shard_rows=domain.shard_rows,
                 seed=seed,
                 block_rows=block_rows,
+                kept_rows=domain.kept_rows,
             )
             for domain in rows
         ),

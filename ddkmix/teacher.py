@@ -17,6 +17,9 @@ from ddkmix.losses.reference import dense_logits
 from ddkmix.matching import Layers
 from ddkmix.models import head_of, hidden_states
 
+CHUNK_TOKENS = 256
+"""Tokens whose logits exist at one time where a teacher is only measured and the config names no number."""
+
 
 @runtime_checkable
 class SignalSource(Protocol):

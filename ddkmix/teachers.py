@@ -72,6 +72,35 @@ def find_teachers(config: RunConfig, domains: Sequence[Domain]) -> Teachers:
     return Teachers(of_domain=of_domain, members=used, models=models)
 
 
+def check_online(config: RunConfig, teachers: Teachers, *, one_tokenizer: bool, asked: bool) -> None:
+    """Refuse `teacher.online` where there is not one live teacher whose signal the student learns from.
+
+    Args:
+        config: the run.
+        teachers: those in use.
+        one_tokenizer: whether teacher and student read text alike.
+        asked: whether a loss of the student looks at the teacher.
+
+    Raises:
+        ConfigError: the modules could not be trained.
+    """
+    if config.teacher.online is None:
+        return
+    rule, way = "", "or leave teacher.online out"
+    if config.signal.source != "live":
+        rule = "signal.source = 'store' holds what the teacher said before it had modules; set it to 'live'"
+    elif list(teachers.members) != [DEFAULT]:
+        names = ", ".join(teachers.members)
+        rule = f"the domains are taught by {names}; let the one `teacher` teach all of them"
+    elif not one_tokenizer:
+        rule = f"the teacher {config.teacher.model} has other tokens than the student; let them share theirs"
+    elif not asked:
+        losses = ", ".join(term.name for term in config.loss)
+        rule = f"no loss of {losses} looks at the teacher, so its modules would serve nothing; add forward_kl"
+    if rule:
+        raise ConfigError(f"teacher.online trains one live teacher beside the student, and {rule}, {way}.")
+
+
 def _models(config: RunConfig) -> dict[str, Teacher]:
     """The models of a config, used or not."""
     further = {

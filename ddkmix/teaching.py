@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ddkmix.config import RunConfig
+from ddkmix.config import OnlineModules, RunConfig
 from ddkmix.cross_vocabulary import CrossVocabularyTeacher
-from ddkmix.distillation import about_predicted, predicted
 from ddkmix.errors import DataError
 from ddkmix.evaluator import Evaluator, TeacherNats, TokenNats
 from ddkmix.fingerprint import hash_json
@@ -18,21 +17,20 @@ from ddkmix.logits_store.reader import LogitsStore
 from ddkmix.matching import hidden_match_of
 from ddkmix.models import load_teacher
 from ddkmix.nats_cache import NatsCache
+from ddkmix.online_teacher import OnlineTeacher
 from ddkmix.pack import PackedDomain
+from ddkmix.predicted_tokens import signal_nats
 from ddkmix.preflight import Prepared
 from ddkmix.prepare import storage_of, store_cards, stores_folder
 from ddkmix.ranks import current_rank, sum_over_ranks
 from ddkmix.references import reference_sums
 from ddkmix.stored_teacher import StoredTeacher
-from ddkmix.teacher import DomainTeachers, EnsembleTeacher, LiveTeacher, SignalSource, label_nats
+from ddkmix.teacher import CHUNK_TOKENS, DomainTeachers, EnsembleTeacher, LiveTeacher, SignalSource
 from ddkmix.teachers import DEFAULT
 from ddkmix.tokenizer import TokenizerCard
 
 OneTeacher = LiveTeacher | EnsembleTeacher | CrossVocabularyTeacher
 """What a domain can have."""
-
-_CHUNK_TOKENS = 256
-"""Tokens whose logits exist at one time in a measurement, where the config names a budget instead."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -63,7 +61,9 @@ def open_teaching(
     """
     if prepared.config.signal.source == "live":
         teachers = open_teachers(prepared, evaluator.device)
-        nats = teacher_nats(prepared, evaluator, teachers)
+        nats = teacher_nats(prepared, evaluator, teachers)  # first: gaps are to the teacher as it was loaded
+        if prepared.config.teacher.online is not None:
+            teachers = {DEFAULT: _with_modules(prepared, teachers[DEFAULT], prepared.config.teacher.online)}
         source = teacher_of_all(prepared, teachers, domains)
         return Teaching(source=source, nats=nats, reads_places=False)
     store = open_store(prepared, rows)
@@ -145,6 +145,22 @@ def open_models(prepared: Prepared, device: torch.device) -> dict[str, LiveTeach
     return opened
 
 
+def _with_modules(prepared: Prepared, teacher: OneTeacher, online: OnlineModules) -> OnlineTeacher:
+    """The same model with modules to be trained."""
+    assert isinstance(teacher, LiveTeacher), "preflight lets no other have modules"
+    matched = hidden_match_of(prepared.terms)
+    return OnlineTeacher(
+        teacher.model,
+        vocab_size=prepared.vocab_size,
+        separator_id=prepared.separator_id,
+        layers=() if matched is None else matched.teacher_layers,
+        targets=online.targets,
+        rank=online.rank,
+        alpha=online.alpha,
+        seed=prepared.config.seed,
+    )
+
+
 def open_evaluator(config: RunConfig, held_out: Mapping[str, HeldOutRows], device: torch.device) -> Evaluator:
     """The evaluator of any held-out rows, split over the processes."""
     rank, world_size = current_rank()
@@ -190,9 +206,9 @@ def measured_nats(
     prepared: Prepared, evaluator: Evaluator, teachers: Mapping[str, OneTeacher]
 ) -> TeacherNats:
     """Held-out losses of each domain's teacher, measured once per teacher and data and kept on disk."""
-    chunk_tokens = prepared.config.trainer.logits_chunk_tokens or _CHUNK_TOKENS
+    chunk_tokens = prepared.config.trainer.logits_chunk_tokens or CHUNK_TOKENS
     measured = [
-        own.frozen(_token_nats(teachers[name], chunk_tokens), cache, tokens=_wants_tokens(prepared))
+        own.frozen(nats_of(teachers[name], chunk_tokens), cache, tokens=_wants_tokens(prepared))
         for name, own, cache in _groups(prepared, evaluator)
     ]
     return _together(measured)
@@ -269,14 +285,12 @@ def _other_vocabulary(
     )
 
 
-def _token_nats(teacher: OneTeacher, chunk_tokens: int) -> TokenNats:
+def nats_of(teacher: OneTeacher, chunk_tokens: int) -> TokenNats:
     """A teacher as the function that the evaluator measures."""
 
     def nats(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if isinstance(teacher, CrossVocabularyTeacher):
             return teacher.nats(input_ids, labels, chunk_tokens=chunk_tokens)
-        where = predicted(labels)
-        said = about_predicted(teacher.signal({"input_ids": input_ids}), where)
-        return label_nats(said, labels[:, 1:][where], chunk_tokens=chunk_tokens)
+        return signal_nats(teacher.signal({"input_ids": input_ids}), labels, chunk_tokens=chunk_tokens)
 
     return nats

@@ -19,12 +19,15 @@ class PackedRows:
     num_tokens: Int[np.ndarray, " R"]
     """Tokens of text and separators in each row; the rest, at the end, is padding."""
     num_bytes: Int[np.ndarray, " R"]
-    """UTF-8 bytes of the text that the row's predicted tokens (all but its first) cover."""
+    """UTF-8 bytes of the text that the row's predicted tokens (all but its first, or its prompt) cover."""
     num_documents: int
     num_truncated: int
     """Documents that lie, with their separator, in more than one row."""
     num_separators: int
-    """Tokens with the separator's id, without padding: one for each document, and any that a text made."""
+    """Tokens with the separator's id, without padding: one for each document, and any that a text made. Of
+    prompts and responses: those that are not a row's last token."""
+    num_prompt_tokens: Int[np.ndarray, " R"] | None = None
+    """The first tokens of each row, which are given and not predicted; None where rows are text."""
 
     @property
     def num_padding(self) -> int:

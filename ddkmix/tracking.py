@@ -17,7 +17,7 @@ from ddkmix.errors import RunError
 from ddkmix.fingerprint import write_atomically
 from ddkmix.records import read_lines
 
-__all__ = ["Bar", "JsonLines", "progress_bar", "read_lines", "weights_note"]
+__all__ = ["Bar", "JsonLines", "progress_bar", "weights_note"]
 
 
 class JsonLines:

@@ -1,91 +1,33 @@
 """The loop. Start here: measure -> update the weights -> plan -> train -> record -> checkpoint.
 
-Everything else in this file serves `run_loop`. Nothing is normalised anywhere but in `_train_step`, and
-weights travel in one direction: the policy returns them and the `Reweighter` hands them to the mixture.
+Everything else in this file serves `run_loop`; `train_step` is the arithmetic of a step. Weights travel in
+one direction: the policy returns them and the `Reweighter` hands them to the mixture.
 """
 
-import signal
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddkmix.checkpoint import latest_checkpoint, save_checkpoint
-from ddkmix.config import RunConfig
-from ddkmix.distillation import predicted
-from ddkmix.errors import Interrupted, NumericsError, RowError
-from ddkmix.evaluator import Evaluator, TeacherNats, TokenNats, WithDivergence
-from ddkmix.loader import DomainMixture
-from ddkmix.losses import CrossEntropy, ForwardKL, LossTerm, terms_at
-from ddkmix.metrics import LossWindow
+from ddkmix.checkpoint import save_checkpoint
+from ddkmix.errors import Interrupted, RowError
+from ddkmix.evaluator import TokenNats, WithDivergence
+from ddkmix.losses import CrossEntropy, ForwardKL, LossTerm
 from ddkmix.projection import Projection, news, project
-from ddkmix.reweighting import Reweighter, check_agreement
-from ddkmix.schedule import lr_multiplier
+from ddkmix.records import read_lines
+from ddkmix.reweighting import check_agreement
+from ddkmix.run import Run
 from ddkmix.teacher import SignalSource
 from ddkmix.trackers import evaluation_metrics
-from ddkmix.tracking import Bar, JsonLines, read_lines, weights_note
+from ddkmix.tracking import Bar, weights_note
+from ddkmix.train_step import train_step
 from ddkmix.types import DomainLosses
 
 _NATS = (LossTerm("cross_entropy", 1.0, CrossEntropy()),)
 _NATS_AND_KL = (*_NATS, LossTerm("forward_kl", 1.0, ForwardKL(temperature=1.0)))
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
-class Run:
-    """The parts of a run; `setup.train` makes them."""
-
-    config: RunConfig
-    accelerator: Any
-    mixture: DomainMixture
-    reweighter: Reweighter
-    terms: tuple[LossTerm, ...]
-    student: torch.nn.Module
-    """The DistillationModel, as Accelerate wrapped it."""
-    optimizer: Any
-    teacher: SignalSource
-    teacher_keys: dict[str, str]
-    """Fingerprint of each domain's teacher."""
-    reads_places: bool
-    """Whether the teacher wants to know where the rows of a batch lie."""
-    teacher_nats: TeacherNats
-    """Its held-out losses, or the references in their place."""
-    measures: frozenset[str]
-    """What is measured beside the losses."""
-    evaluator: Evaluator
-    window: LossWindow
-    total_tokens: int = 0
-    measure_now: bool = False
-    """Whether to measure and set weights before the next step, whatever the interval."""
-    row_sizes: tuple[float, ...] | None = None
-    """Mean tokens of a row of each domain, where weights are shares of tokens."""
-    last_interval: dict[str, Any] | None = None
-    """The last record of intervals.jsonl, on the main rank."""
-    on_losses: Callable[[int, DomainLosses, dict[str, float]], None] = lambda *_: None
-    """Called with (step, losses, weights in force) at every evaluation, on the main rank."""
-    stop_signal: list[int] = field(default_factory=list)
-    """Signals that asked the run to stop."""
-
-    @property
-    def main(self) -> bool:
-        """Whether this rank writes files."""
-        return bool(self.accelerator.is_main_process)
-
-    def log(self, file: str) -> JsonLines:
-        """One of the run's files of JSON lines."""
-        return JsonLines(self.config.run_dir / file)
-
-    def terms_at(self, step: int) -> tuple[LossTerm, ...]:
-        """The objective of a step, counted from 0."""
-        return terms_at(self.terms, step, self.config.trainer.steps, self.config.schedule)
-
-    def reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks."""
-        return self.accelerator.reduce(tensor, reduction="sum")
 
 
 def run_loop(run: Run, bar: Bar) -> DomainLosses:
@@ -98,7 +40,9 @@ def run_loop(run: Run, bar: Bar) -> DomainLosses:
     config, steps = run.config, run.config.trainer.steps
     for step in range(run.mixture.state.step, steps):
         if step % config.mixture.interval_steps == 0 or run.measure_now:
-            _reweight(run, bar, step, _measure(run, step))
+            losses = _measure(run, step)
+            _validate(run, losses)
+            _reweight(run, bar, step, losses)
         waited = time.perf_counter()
         batch = next(run.mixture, None)
         waited = time.perf_counter() - waited
@@ -108,7 +52,7 @@ def run_loop(run: Run, bar: Bar) -> DomainLosses:
             batch["row_places"] = torch.from_numpy(run.mixture.row_places)
         _note_substitutions(run, step + 1)
         started = time.perf_counter()
-        grad_norm, num_tokens = _train_step(run, batch, step)
+        grad_norm, num_tokens = train_step(run, batch, step)
         run.total_tokens += num_tokens
         done = step + 1
         if done % config.trainer.log_steps == 0 or done == steps:
@@ -135,8 +79,15 @@ def checkpoint(run: Run) -> Path:
         "total_tokens": run.total_tokens,
         "window": run.window.to_json(run.reduce),
     }
+    if run.row_weights is not None:
+        state["selection"] = run.row_weights.state
+    if run.answers is not None:
+        windows = {name: window.to_json(run.reduce) for name, window in run.windows.items()}
+        state["objective"] = {"state": run.objective_state, "windows": windows}
+    said = {} if run.answers is None else run.answers.state()
+    arrays = {**run.online.arrays(run.reduce), **said} or None
     keep = run.config.trainer.keep_checkpoints
-    return save_checkpoint(run.accelerator, run.config.run_dir, state, keep=keep)
+    return save_checkpoint(run.accelerator, run.config.run_dir, state, keep=keep, arrays=arrays)
 
 
 def token_nats(model: torch.nn.Module) -> TokenNats:
@@ -169,12 +120,21 @@ def _measure(run: Run, step: int) -> DomainLosses:
     run.student.eval()
     student: TokenNats | WithDivergence = token_nats(run.student)
     if "forward_kl" in run.measures:
-        student = with_divergence(run.student, run.teacher, run.mixture.domains)
+        student = with_divergence(run.student, run.online.unadapted(run.teacher), run.mixture.domains)
     losses = run.evaluator.measure(student, run.teacher_nats)
     run.student.train()
     if run.main:
         run.log("timings.jsonl").append({"step": step, "evaluation_s": time.perf_counter() - started})
     return losses
+
+
+def _validate(run: Run, losses: DomainLosses) -> None:
+    """Tell the objective how well held-out responses are predicted; all text where there are no prompts."""
+    names = losses.domains
+    tokens = losses.num_tokens * [run.answers is None or name in run.answers.prompts for name in names]
+    loss = float((losses.student_loss * tokens).sum() / tokens.sum())
+    before = run.objective_state
+    run.objective_state = run.objective.init(loss) if before is None else run.objective.update(before, loss)
 
 
 def _reweight(run: Run, bar: Bar, step: int, losses: DomainLosses) -> None:
@@ -205,65 +165,11 @@ def _note_substitutions(run: Run, step: int) -> None:
         )
 
 
-def _train_step(run: Run, batch: dict[str, Tensor], step: int) -> tuple[float, int]:
-    """One optimizer step; returns the gradient norm and the number of predicted tokens of all ranks."""
-    device, trainer = run.accelerator.device, run.config.trainer
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    # one collective: the normaliser of the whole window, and whether any rank was told to stop
-    counts = torch.stack(
-        [predicted(batch["labels"]).sum(), torch.tensor(len(run.stop_signal), device=device)]
-    )
-    num_tokens, stops = run.reduce(counts).tolist()
-    if stops and not run.stop_signal:
-        run.stop_signal.append(signal.SIGTERM)
-    rows = len(batch["labels"])
-    parts = -(-rows // (trainer.microbatch_rows or rows))
-    terms = run.terms_at(step)
-    for part in range(parts):
-        micro = {name: tensor[part::parts] for name, tensor in batch.items()}
-        with nullcontext() if part == parts - 1 else run.accelerator.no_sync(run.student):
-            _backward(run, micro, terms, num_tokens)
-    limit = run.config.optimizer.max_grad_norm or float("inf")
-    grad_norm = float(run.accelerator.clip_grad_norm_(run.student.parameters(), limit))
-    if not torch.isfinite(torch.tensor(grad_norm)):
-        _refuse(run, step, grad_norm, batch)
-    multiplier = lr_multiplier(run.config.schedule, step, trainer.steps)
-    for group in run.optimizer.param_groups:
-        group["lr"] = run.config.optimizer.lr * multiplier
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    return grad_norm, int(num_tokens)
-
-
-def _backward(run: Run, micro: dict[str, Tensor], terms: tuple[LossTerm, ...], num_tokens: int) -> None:
-    """Forward and backward of one micro-batch."""
-    teacher = None
-    if any(term.loss.needs_teacher for term in terms):
-        teacher = run.teacher.signal(micro)
-    # the sum over ranks is what is wanted, and DDP takes the mean
-    share = run.accelerator.num_processes / max(num_tokens, 1)
-    objective, values = run.student(micro["input_ids"], micro["labels"], share, terms, teacher)
-    run.accelerator.backward(objective)
-    row_of = predicted(micro["labels"]).nonzero()[:, 0]
-    run.window.add(values, micro["domain_ids"][row_of], [term.weight for term in terms])
-
-
-def _refuse(run: Run, step: int, grad_norm: float, batch: dict[str, Tensor]) -> None:
-    losses = run.window.close(run.reduce)
-    bad = {k: v for k, v in losses.items() if v != v}
-    last = latest_checkpoint(run.config.run_dir)
-    names = [run.mixture.domains[i] for i in sorted(set(batch["domain_ids"].tolist()))]
-    raise NumericsError(
-        f"step {step + 1}: the gradient norm is {grad_norm} (losses that are not numbers: {bad or 'none'}; "
-        f"domains of the batch: {names}). The step was not taken. Lower optimizer.lr or max_grad_norm; "
-        f"{f'{last.name} can be resumed' if last else 'no checkpoint was written yet'}."
-    )
-
-
 def _record(
     run: Run, bar: Bar, step: int, grad_norm: float, num_tokens: int, seconds: float, waited: float
 ) -> None:
-    metrics = run.window.close(run.reduce)
+    metrics = {k: v for window in run.sums().values() for k, v in window.close(run.reduce).items()}
+    metrics.pop("rollouts/objective", None)  # responses are counted, not trained on, under that name
     weights, epochs = run.mixture.weights, run.mixture.epochs
     record = {
         "step": step,
@@ -271,6 +177,9 @@ def _record(
         "train/grad_norm": grad_norm,
         "train/lr": run.optimizer.param_groups[0]["lr"],
         "train/total_tokens": run.total_tokens,
+        **run.online.metrics(run.reduce),
+        **(run.row_weights.metrics() if run.row_weights else {}),
+        **_on_policy(run),
         **{f"loss/weight/{term.name}": term.weight for term in run.terms_at(step - 1)},
         **{f"mixture/weight/{name}": weight for name, weight in weights.items()},
         **{f"mixture/epochs/{name}": epoch for name, epoch in epochs.items()},
@@ -280,11 +189,21 @@ def _record(
     if run.main:
         run.log("metrics.jsonl").append(record)
         run.log("timings.jsonl").append({"step": step, "step_s": seconds, **speed})
+        shown = sum(value for name, value in metrics.items() if name.endswith("/objective"))
         note = (
-            f"loss {metrics['train/objective']:.3f}  {num_tokens / seconds:.0f} tok/s  "
+            f"loss {shown:.3f}  {num_tokens / seconds:.0f} tok/s  "
             f"wait {100 * waited / seconds:.1f}%  {weights_note(weights)}"
         )
         bar.update(step, note=note)
+
+
+def _on_policy(run: Run) -> dict[str, float]:
+    """Numbers that the objective goes by."""
+    if run.answers is None:
+        return {}
+    numbers = {k: v for k, v in (run.objective_state or {}).items() if isinstance(v, float)}
+    stored = {"rollouts/stored": float(len(run.answers.buffer))}
+    return {**stored, **{f"objective/{name}": value for name, value in numbers.items()}}
 
 
 def _write_interval(run: Run, step: int, losses: DomainLosses) -> None:

@@ -242,7 +242,7 @@ def _with_draws(
     uniforms: Float[Tensor, "n N"],
 ) -> TruncatedSignal:
     """The same with classes drawn in proportion to `weights`, which are 0 where a class is kept already."""
-    drawn, mass = _draw(weights, uniforms)
+    drawn, mass = draw_classes(weights, uniforms)
     ids, counts = _counted(drawn)
     log_probs = shifted.gather(1, ids) - total.log()[:, None]
     nothing = (counts == 0) | (mass == 0)[:, None]
@@ -258,12 +258,13 @@ def _with_draws(
     return replace(signal, ids=ids, log_probs=log_probs, draws=counts, num_draws=kept.draws, drawn_mass=share)
 
 
-def _draw(
+def draw_classes(
     weights: Float[Tensor, "n V"], uniforms: Float[Tensor, "n N"]
 ) -> tuple[Int[Tensor, "n N"], Float[Tensor, " n"]]:
-    """Classes drawn with replacement, and the sum of the weights, float64.
+    """Classes drawn with replacement, in proportion to `weights`, and the sum of these, float64.
 
-    First a block, by its sum, then a class in it: only the classes of drawn blocks are looked at one by one.
+    The inverse of the distribution function over classes in the order of their ids. First a block, by its
+    sum, then a class in it: only the classes of drawn blocks are looked at one by one.
     """
     whole = -(-weights.shape[1] // _BLOCK)
     padded = torch.nn.functional.pad(weights, (0, whole * _BLOCK - weights.shape[1]))

@@ -1,6 +1,7 @@
 """What pydantic finds wrong with a tree of settings, in one line for its author."""
 
 from collections.abc import Sequence
+from types import UnionType
 from typing import get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -36,6 +37,8 @@ def _fields_at(root: type[BaseModel], parts: Sequence[str]) -> list[str]:
         annotation = section.model_fields[names.pop(0)].annotation
         if get_origin(annotation) is dict and names:  # sections by name
             annotation, _ = get_args(annotation)[1], names.pop(0)
+        if get_origin(annotation) is UnionType:  # a section that may be left out
+            annotation = get_args(annotation)[0]
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         section = annotation

@@ -12,8 +12,8 @@ from ddkmix.cli import main
 from ddkmix.config import parse_config
 from ddkmix.errors import RowError
 from ddkmix.index import read_index
+from ddkmix.records import read_lines
 from ddkmix.setup import train
-from ddkmix.tracking import read_lines
 from tests.conftest import ConfigTree, write_domain
 
 

@@ -15,21 +15,22 @@ from torch.nn import functional as F
 from ddkmix import prepare
 from ddkmix.boundaries import check_isolation, document_positions
 from ddkmix.config import RunConfig, parse_config
-from ddkmix.distillation import DistillationModel, predicted
+from ddkmix.distillation import DistillationModel
 from ddkmix.domains import load_domains
 from ddkmix.errors import ConfigError, DataError, ModelError
 from ddkmix.gaps import measure_gaps
 from ddkmix.losses import build_terms
 from ddkmix.models import backbone_of, hidden_states, load_model
 from ddkmix.pack import pack_domains
+from ddkmix.predicted_tokens import predicted
 from ddkmix.preflight import check
+from ddkmix.records import read_lines
 from ddkmix.rows import RowReader
 from ddkmix.segments import document_positions as numpy_positions
 from ddkmix.setup import train
 from ddkmix.teacher import LiveTeacher
 from ddkmix.teaching import teacher_cache
 from ddkmix.tokenizer import read_tokenizer
-from ddkmix.tracking import read_lines
 from tests.conftest import ConfigTree
 from tests.test_resume import assert_same_outcome, rewound, run
 

@@ -1,27 +1,32 @@
 """The run directory: whose it is, and that a checkpoint is whole or not there."""
 
+import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from accelerate import Accelerator
 
 from ddkmix.checkpoint import (
     claim_run,
     config_changes,
     find_run,
     latest_checkpoint,
+    load_arrays,
     prune,
-    read_run_config,
     remove_partial,
+    save_checkpoint,
 )
 from ddkmix.config import dump_config, parse_config
 from ddkmix.errors import RunError
+from ddkmix.records import read_lines
+from ddkmix.resolved_config import read_run_config
 from ddkmix.setup import train
-from ddkmix.tracking import read_lines
 from tests.conftest import ConfigTree
 
 Make = Callable[..., ConfigTree]
@@ -123,7 +128,7 @@ def test_a_run_from_before_there_were_guards_goes_on_without_them(tiny_config: M
     claim_run(off)
     saved = off.run_dir / "config.yaml"
     tree = yaml.safe_load(saved.read_text())
-    del tree["guards"]
+    del tree["guards"], tree["generate"]  # the latter came later, and changes nothing
     saved.write_text(yaml.safe_dump(tree))
     assert find_run(off, resume=True) is None
     with pytest.raises(RunError, match=r"guards.floor was 0.0 and is now None\. .*add --allow-changes"):
@@ -177,3 +182,17 @@ def test_the_run_directory_describes_the_run(tiny_config: Make) -> None:
     }
     assert expected | {"checkpoints", "student"} == names
     assert 2 == len(list(read_lines(config.run_dir / "metrics.jsonl")))
+
+
+def test_arrays_come_back_and_damage_is_one_line(tmp_path: Path) -> None:
+    """Beside state.json, with their types; a checkpoint without any has none."""
+    arrays = {"ids": np.arange(5, dtype=np.int32), "empty": np.zeros(0, dtype=np.int64)}
+    path = save_checkpoint(Accelerator(cpu=True), tmp_path, {"step": 1}, keep=3, arrays=arrays)
+    found = load_arrays(path)
+    assert {n: (a.dtype, a.tolist()) for n, a in arrays.items()} == {
+        n: (a.dtype, a.tolist()) for n, a in found.items()
+    }
+    os.truncate(path / "arrays.safetensors", 20)
+    with pytest.raises(RunError, match=r"step-000001 cannot be read .*resume from an older one"):
+        load_arrays(path)
+    assert {} == load_arrays(save_checkpoint(Accelerator(cpu=True), tmp_path, {"step": 2}, keep=3))

@@ -334,7 +334,9 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     """`ddkmix --help` names what there is, with exit code 0."""
     assert ddkmix("--help") == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("pack", "lint", "plan", "train", "gaps", "show", "seen"))
+    assert all(
+        name in out for name in ("pack", "lint", "plan", "train", "generate", "gaps", "rouge", "show", "seen")
+    )
 
 
 def test_notes_about_missing_text_leave_the_output_clean(

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from ddkmix.config import RunConfig, dump_config, load_config, parse_config, parse_overrides
+from ddkmix.config import OnlineModules, RunConfig, dump_config, load_config, parse_config, parse_overrides
 from ddkmix.errors import ConfigError
 from ddkmix.losses import build_terms
+from ddkmix.objectives import GKD, Distill, build_objective
 from ddkmix.policies import build_policy, guarded
 from ddkmix.policies.ddk import Ddk
 
@@ -44,7 +45,11 @@ def sections_of(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[tu
     found = [(prefix, model)]
     for name, field in model.model_fields.items():
         annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and name != "policy":
+        if (
+            isinstance(annotation, type)
+            and issubclass(annotation, BaseModel)
+            and name not in ("policy", "objective")
+        ):
             found += sections_of(annotation, f"{prefix}{name}.")
     return found
 
@@ -392,6 +397,20 @@ OTHER_VALUES = {
     "capture.temperatures": (2.0, 4.0),
     "capture.folder": Path("/x/logits"),
     "capture.batch_rows": 2,
+    "generate.max_new_tokens": 9,
+    "generate.temperature": 0.0,
+    "generate.top_k": 40,
+    "generate.top_p": 0.9,
+    "generate.stop": ("<|im_end|>", "</s>"),
+    "generate.seed": 3,
+    "generate.block_rows": 1,
+    "generate.batch_rows": 5,
+    "generate.folder": Path("/x/responses"),
+    "rollouts.temperature": 0.5,
+    "rollouts.top_k": 40,
+    "rollouts.top_p": 0.9,
+    "rollouts.block_rows": 8,
+    "rollouts.buffer_rows": 7,
     "trainer.steps": 20,
     "trainer.batch_rows": 6,
     "trainer.microbatch_rows": 3,
@@ -436,7 +455,50 @@ def test_the_table_above_names_every_field():
         if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
     }
     decay = {"schedule.decay_steps", "schedule.decay_share", "schedule.decay"}
-    assert known == set(OTHER_VALUES) | {"loss", "teachers"} | decay
+    assert known == set(OTHER_VALUES) | {"loss", "teachers", "teacher.online", "selection"} | decay
+
+
+ONLINE_VALUES = {
+    "targets": ("gate_proj",),
+    "rank": 2,
+    "alpha": 4.0,
+    "lr": 0.0,
+    "weight_decay": 0.5,
+    "max_grad_norm": 0.0,
+    "kl_weight": 0.0,
+    "ce_weight": 0.25,
+}
+
+
+@pytest.mark.parametrize("key", ONLINE_VALUES)
+def test_an_override_reaches_the_teachers_modules(key):
+    """A section that may be left out: one value makes it, with defaults for the rest."""
+    value = ONLINE_VALUES[key]
+    assert set(OnlineModules.model_fields) == set(ONLINE_VALUES)
+    assert parse().teacher.online is None
+    config = parse(f"teacher.online.{key}={list(value) if isinstance(value, tuple) else value}")
+    assert OnlineModules(**{key: value}) == config.teacher.online != OnlineModules()
+    assert parse("teacher.online={}").teacher.online == OnlineModules()
+    assert config == parse_config(yaml.safe_load(yaml.safe_dump(dump_config(config))), where="c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (".rnk=3", "unknown key teacher.online.rnk in c.yaml; did you mean 'teacher.online.rank'?"),
+        (".rank=0", "teacher.online.rank = 0 in c.yaml; input should be greater than or equal to 1."),
+        (".lr=-1", "teacher.online.lr = -1 in c.yaml; input should be greater than or equal to 0."),
+        (".alpha=.inf", "teacher.online.alpha = inf in c.yaml; input should be a finite number."),
+        (".targets=q_proj", "teacher.online.targets = 'q_proj' in c.yaml; it must be a list: [q_proj]."),
+        (".targets=[]", "teacher.online.targets = [] in c.yaml; tuple should have at least 1 item"),
+        (".targets=[a, b, a]", "teacher.online: targets = ['a', 'b', 'a'] names a layer twice; name each"),
+        ("=true", "teacher.online = True in c.yaml; it must be a section of settings, as in {name: value}."),
+        ("={kl_weight: 0, ce_weight: 0}", "teacher.online: kl_weight and ce_weight are both 0, and nothing"),
+    ],
+)
+def test_a_mistake_in_the_teachers_modules_is_named(override, message):
+    """A line with the key, the value and the rule."""
+    assert message_of(f"teacher.online{override}").startswith(message)
 
 
 def test_an_override_reaches_a_teacher_and_a_member_of_an_ensemble():
@@ -471,6 +533,16 @@ def test_a_mistake_in_a_teacher_is_named(override, message):
     assert str(info.value).startswith(message)
 
 
+def test_a_selection_is_a_name_and_its_parameters():
+    """None by default; overrides make it, and it comes back from the dumped config."""
+    assert parse().selection is None
+    config = parse("selection.name=difference", "selection.share=0.3", "selection.reference.model=m")
+    assert {"name": "difference", "share": 0.3, "reference": {"model": "m"}} == config.selection.model_dump()
+    assert config == parse_config(dump_config(config), where="x")
+    with pytest.raises(ConfigError, match=r"^selection\.name is missing in c.yaml"):
+        parse("selection.share=0.3")
+
+
 def test_positions_of_a_list_are_keys():
     """`loss.1.weight=0.3` changes the second loss and leaves the first alone."""
     terms = [{"name": "cross_entropy"}, {"name": "forward_kl", "weight": 0.2, "temperature": 2.0}]
@@ -499,6 +571,15 @@ def test_the_default_policy_can_be_overridden_in_part():
     """Without a `policy` section, `policy.uniform_mix=0.3` is DDK with another alpha."""
     assert Ddk(uniform_mix=0.3) == build_policy(parse("policy.uniform_mix=0.3").policy)
     assert Ddk() == build_policy(parse().policy)  # and the default itself is untouched
+
+
+def test_parameters_of_an_objective_pass_through():
+    """They are checked by the objective; without a section `loss` is applied to the data."""
+    assert Distill() == build_objective(parse().objective.model_dump())
+    config = parse("objective.share=0.25", objective={"name": "gkd"})
+    assert GKD(share=0.25) == build_objective(config.objective.model_dump())
+    with pytest.raises(ConfigError, match=r"objective \(gkd\) has no parameter 'shere'.*share"):
+        build_objective(parse("objective.shere=0.25", objective={"name": "gkd"}).objective.model_dump())
 
 
 def test_parameters_of_a_named_policy_are_reached():

@@ -9,16 +9,17 @@ import torch
 from ddkmix.batch import CrossSignal
 from ddkmix.config import Named, Student, Teacher, parse_config
 from ddkmix.cross_vocabulary import CrossVocabularyTeacher
-from ddkmix.distillation import DistillationModel, predicted
-from ddkmix.errors import ConfigError, ModelError
+from ddkmix.distillation import DistillationModel
+from ddkmix.errors import ConfigError, DataError, ModelError
 from ddkmix.held_out import select_rows
 from ddkmix.losses import build_terms
 from ddkmix.models import build_student, load_teacher
+from ddkmix.predicted_tokens import predicted
 from ddkmix.preflight import check
 from ddkmix.prepare import open_rows, store_cards
+from ddkmix.records import read_lines
 from ddkmix.setup import train
 from ddkmix.tokenizer import read_tokenizer
-from ddkmix.tracking import read_lines
 from tests.conftest import EOS, WORDS, documents
 
 TERMS = build_terms(
@@ -116,6 +117,16 @@ def test_rows_do_not_see_each_other(teacher, batch):
     assert (spans - spans[0] == alone.spans - alone.spans[0]).all()
     size = len(alone.labels)
     torch.testing.assert_close(whole.teacher.hidden[-size:], alone.teacher.hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_with_a_prompt_are_refused(teacher, batch):
+    """Their labels do not tell how long the text is, and the teacher has a chat template of its own."""
+    labels = batch["labels"].clone()
+    labels[1, :7] = -100
+    with pytest.raises(DataError, match="a row's first labels are ignored, as those of a prompt are"):
+        teacher.signal({**batch, "labels": labels})
+    labels[1] = -100  # nothing is predicted: there is no such row, and nothing to say about it
+    teacher.signal({**batch, "labels": labels})
 
 
 def test_pairs_are_the_same_strings_and_the_separators(teacher, batch, tokenizer_folder, other):

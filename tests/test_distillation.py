@@ -6,11 +6,12 @@ from torch.nn import functional as F
 
 from ddkmix.batch import DenseSignal, Head, RoutedSignal
 from ddkmix.config import Named, Student, Teacher
-from ddkmix.distillation import DistillationModel, predicted
+from ddkmix.distillation import DistillationModel
 from ddkmix.errors import ModelError
 from ddkmix.hub import common_vocab
 from ddkmix.losses import build_terms
 from ddkmix.models import build_student, load_model, load_teacher
+from ddkmix.predicted_tokens import predicted
 from ddkmix.teacher import LiveTeacher
 from tests.conftest import save_tiny_model
 

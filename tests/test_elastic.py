@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from ddkmix.config import parse_config
+from ddkmix.records import read_lines
 from ddkmix.setup import train
-from ddkmix.tracking import read_lines
 from tests.conftest import REPO, ConfigTree
 
 BATCH_ROWS, SEQ_LEN = 12, 16
@@ -182,7 +182,7 @@ import torch.distributed as dist
 import ddkmix.trainer as trainer
 from ddkmix.cli import main
 
-train_step = trainer._train_step
+train_step = trainer.train_step
 
 
 def tampered(run, batch, step):
@@ -193,7 +193,7 @@ def tampered(run, batch, step):
     return result
 
 
-trainer._train_step = tampered
+trainer.train_step = tampered
 main(["train", *sys.argv[1:]])
 """
 
@@ -245,20 +245,20 @@ def test_domains_may_come_and_go_at_a_resume(tmp_path: Path, tiny_config: Callab
         import ddkmix.trainer as trainer
         from ddkmix.errors import Interrupted
 
-        original = trainer._train_step
+        original = trainer.train_step
 
         def stopping(parts: Any, batch: Any, step: int) -> Any:
             if step + 1 == steps:
                 parts.stop_signal.append(2)
             return original(parts, batch, step)
 
-        trainer._train_step = stopping
+        trainer.train_step = stopping
         try:
             train(config, **options)
         except Interrupted:
             pass
         finally:
-            trainer._train_step = original
+            trainer.train_step = original
 
     go(["code", "math"], 4)
     with pytest.raises(Exception, match=r"domains was .* and is .* add --allow-changes") as info:

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddkmix.config import Teacher
-from ddkmix.distillation import DistillationModel, predicted
+from ddkmix.distillation import DistillationModel
 from ddkmix.evaluator import Evaluator, WithDivergence, row_nats, row_sums, summarise
 from ddkmix.held_out import HeldOut, OpenRows, select_rows
 from ddkmix.models import load_teacher
 from ddkmix.nats_cache import NatsCache
+from ddkmix.predicted_tokens import predicted
 from ddkmix.rows import RowReader
 from ddkmix.trainer import token_nats
 from tests import hand_made

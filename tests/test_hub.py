@@ -13,6 +13,7 @@ from ddkmix.hub import (
     common_vocab,
     model_file,
     model_fingerprint,
+    optional_model_file,
     parameter_counts,
     read_model_config,
 )
@@ -82,6 +83,15 @@ def test_a_hub_model_in_the_cache_needs_no_network(
     assert snapshot / "config.json" == model_file("owner/name", "config.json", revision=commit)
     with pytest.raises(ModelError, match="cannot be had from the Hub"):
         model_file("owner/name", "config.json", revision="v2")
+
+
+def test_a_file_that_a_model_need_not_have(tiny_teacher: Path, tmp_path: Path) -> None:
+    """None where it is not, in a folder or a cache; what is wrong with the name itself is an error still."""
+    assert tiny_teacher / "config.json" == optional_model_file(str(tiny_teacher), "config.json")
+    assert optional_model_file(str(tiny_teacher), "chat_template.jinja") is None
+    assert optional_model_file("owner/name-that-is-not-here", "chat_template.jinja") is None
+    with pytest.raises(ModelError, match="no such folder"):
+        optional_model_file("./gone", "chat_template.jinja")
 
 
 # --- configs and fingerprints -----------------------------------------------------------------------

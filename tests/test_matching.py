@@ -11,17 +11,18 @@ from torch.nn import functional as F
 
 from ddkmix.batch import DenseSignal, RoutedSignal
 from ddkmix.config import Named, Student, Teacher, parse_config
-from ddkmix.distillation import DistillationModel, predicted
+from ddkmix.distillation import DistillationModel
 from ddkmix.errors import ConfigError
 from ddkmix.losses import build_terms
 from ddkmix.losses.hidden_consistency import HiddenConsistency
 from ddkmix.losses.hidden_match import HiddenMatch
 from ddkmix.matching import Layers, Matching, partners
 from ddkmix.models import build_student, hidden_states, load_teacher
+from ddkmix.predicted_tokens import predicted
 from ddkmix.preflight import check
+from ddkmix.records import read_lines
 from ddkmix.setup import train
 from ddkmix.teacher import LiveTeacher
-from ddkmix.tracking import read_lines
 from tests.conftest import ConfigTree, save_tiny_model, write_domain
 from tests.test_resume import assert_same_outcome, rewound, run
 

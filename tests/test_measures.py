@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from ddkmix.config import parse_config
-from ddkmix.distillation import predicted
 from ddkmix.errors import ConfigError
 from ddkmix.gaps import measure_gaps
 from ddkmix.held_out import select_rows
 from ddkmix.measures import MEASURES, check_measures, needs_of
 from ddkmix.models import build_student, load_teacher
 from ddkmix.policies import policy_of
+from ddkmix.predicted_tokens import predicted
 from ddkmix.preflight import check
 from ddkmix.prepare import open_rows
+from ddkmix.records import read_lines
 from ddkmix.reweighting import Reweighter
 from ddkmix.setup import train
-from ddkmix.tracking import read_lines
 from ddkmix.types import DomainLosses
 from tests.conftest import ConfigTree
 

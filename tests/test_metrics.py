@@ -137,6 +137,32 @@ def test_an_empty_window_has_no_tokens_and_no_domains():
     assert expected == record
 
 
+def test_a_window_of_other_things_has_its_own_names():
+    """Pairs by hand: a window beside `train`, whose keys cannot be mistaken for its."""
+    window = LossWindow(("dpkd", "preferred"), DOMAINS, CPU, name="pairs", unit="pairs")
+    values = torch.tensor([[0.5, 0.7, 0.9], [1.0, 0.0, 1.0]])
+    window.add(values, torch.tensor([0, 0, 2]), (2.0, 0.0))
+    expected = {
+        "pairs/objective": 1.4,
+        "pairs/pairs": 3,
+        "pairs/dpkd": 0.7,
+        "pairs/dpkd/code": 0.6,
+        "pairs/dpkd/prose": 0.9,
+        "pairs/preferred": 2 / 3,
+        "pairs/preferred/code": 0.5,
+        "pairs/preferred/prose": 1.0,
+    }
+    assert expected == pytest.approx(window.close(alone))
+
+
+def test_a_window_without_a_term_counts_nothing():
+    """`loss: []` beside an objective that stands alone."""
+    window = LossWindow((), DOMAINS, CPU)
+    assert {"train/objective": 0.0, "train/tokens": 0} == window.close(alone)
+    window.load_json(window.to_json(alone), is_main=True)
+    assert {"train/objective": 0.0, "train/tokens": 0} == window.close(alone)
+
+
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(st.integers(1, 8), st.integers(0, 8), st.integers(0, 1000))
 def test_a_window_split_by_a_checkpoint_is_the_unsplit_one_bit_for_bit(num_batches, cut, seed):

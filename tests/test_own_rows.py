@@ -319,8 +319,8 @@ def test_data_that_have_changed_since_a_save_are_refused() -> None:
 def test_items_have_sizes_where_somebody_says_them() -> None:
     """Else each counts as one."""
     rows = own_rows({"code": WORDS}, num_tokens={"code": [i + 1 for i in range(20)]})["code"]
-    assert [1, 20] == [rows.tokens_at(0, 0), rows.tokens_at(0, 19)]
-    assert 1 == own_rows({"code": WORDS})["code"].tokens_at(0, 19)
+    assert [1, 20] == [rows.counted_tokens_at(0, 0), rows.counted_tokens_at(0, 19)]
+    assert 1 == own_rows({"code": WORDS})["code"].counted_tokens_at(0, 19)
     assert "code#19" == rows.name_of(0, 19)
 
 

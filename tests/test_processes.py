@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from ddkmix.config import parse_config
+from ddkmix.records import read_lines
 from ddkmix.setup import train
-from ddkmix.tracking import read_lines
 from tests.conftest import ConfigTree
 
 

@@ -53,7 +53,7 @@ def test_every_block_of_yaml_is_a_card_or_a_part_of_a_config(tiny_config: Callab
             parse_config(tiny_config(**tree), where="README.md")
             sections |= set(tree)
     assert 3 == cards
-    assert {"policy", "guards", "loss", "schedule"} == sections
+    assert {"policy", "guards", "loss", "schedule", "objective", "generate", "rollouts"} == sections
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
@@ -93,9 +93,9 @@ def test_every_command_of_the_readme_exists(capsys: pytest.CaptureFixture[str]) 
     """`make` targets are in the Makefile and `ddkmix` commands answer to --help."""
     makefile = (REPO / "Makefile").read_text()
     contributing = (REPO / "CONTRIBUTING.md").read_text()
-    for target in set(re.findall(r"\bmake ([a-z]+)", README + contributing)):
+    for target in set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)", README + contributing)):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-    for command in set(re.findall(r"`ddkmix ([a-z]+)", README + contributing)):
+    for command in set(re.findall(r"`ddkmix ([a-z]+(?:-[a-z]+)*)", README + contributing)):
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
             raise SystemExit(0)

@@ -6,8 +6,8 @@ import pytest
 
 from ddkmix.config import load_config
 from ddkmix.gaps import measure_gaps
+from ddkmix.records import read_lines
 from ddkmix.setup import train
-from ddkmix.tracking import read_lines
 from ddkmix.types import DomainLosses
 from tests.conftest import REPO, TEACHER
 

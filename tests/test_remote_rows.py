@@ -14,8 +14,8 @@ from ddkmix.config import Storage, parse_config
 from ddkmix.errors import StorageError
 from ddkmix.loader import DomainMixture
 from ddkmix.pack import open_packed
+from ddkmix.records import read_lines
 from ddkmix.setup import train
-from ddkmix.tracking import read_lines
 from tests.conftest import ConfigTree
 from tests.storage.conftest import _no_connection_left, plain_web, put_s3, s3, s3_endpoint, web
 from tests.storage.servers import WebServer, reset, status

@@ -16,8 +16,8 @@ import yaml
 
 from ddkmix.config import parse_config
 from ddkmix.errors import Interrupted, RunError
+from ddkmix.records import read_lines
 from ddkmix.setup import train
-from ddkmix.tracking import read_lines
 from tests.conftest import ConfigTree
 
 Make = Callable[..., ConfigTree]

@@ -16,10 +16,10 @@ from ddkmix.config import RunConfig, parse_config
 from ddkmix.errors import ConfigError, DataError, RowError
 from ddkmix.preflight import check
 from ddkmix.prepare import open_mixture, open_rows
+from ddkmix.records import read_lines
 from ddkmix.setup import train
 from ddkmix.stored_teacher import StoredTeacher
 from ddkmix.teaching import open_store, open_teachers, teacher_of_all
-from ddkmix.tracking import read_lines
 from tests.conftest import ConfigTree
 
 LOSS = [

@@ -14,10 +14,10 @@ from ddkmix.gaps import measure_gaps
 from ddkmix.models import build_student, load_teacher
 from ddkmix.preflight import check
 from ddkmix.prepare import open_mixture, open_rows
+from ddkmix.records import read_lines
 from ddkmix.setup import train
 from ddkmix.teacher import LiveTeacher
 from ddkmix.teaching import held_out_rows, open_evaluator, open_teachers, teacher_nats
-from ddkmix.tracking import read_lines
 from tests.conftest import ConfigTree, reset_accelerate, save_tiny_model, write_domain
 
 Make = Callable[..., ConfigTree]

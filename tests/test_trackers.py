@@ -15,9 +15,9 @@ import yaml
 from ddkmix.config import dump_config, parse_config
 from ddkmix.errors import ConfigError
 from ddkmix.preflight import check
+from ddkmix.records import read_lines
 from ddkmix.setup import train
 from ddkmix.trackers import check_taken, check_trackers, evaluation_metrics, run_options, settings_of
-from ddkmix.tracking import read_lines
 from ddkmix.types import LN_2
 from tests.conftest import ConfigTree, domain_losses
 

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddkmix.errors import RunError
-from ddkmix.tracking import JsonLines, progress_bar, read_lines, weights_note
+from ddkmix.records import read_lines
+from ddkmix.tracking import JsonLines, progress_bar, weights_note
 
 
 def steps_in(path):

@@ -17,8 +17,8 @@ from ddkmix.planner import ROW
 from ddkmix.policies.ddk import Ddk
 from ddkmix.preflight import check
 from ddkmix.prepare import open_mixture, open_rows
+from ddkmix.records import read_lines
 from ddkmix.setup import train
-from ddkmix.tracking import read_lines
 from tests.conftest import ConfigTree, reset_accelerate, write_domain
 
 Make = Callable[..., ConfigTree]

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ddkmix.distillation import DistillationModel, predicted
+from ddkmix.distillation import DistillationModel
 from ddkmix.errors import ConfigError, DataError
 from ddkmix.losses import LossTerm, build_terms, check_weights, terms_at
 from ddkmix.matching import consistency_of, hidden_match_of
+from ddkmix.predicted_tokens import predicted
 from ddkmix.sections import Schedule
 from ddkmix.sources import IGNORE
 from ddkmix.stored_teacher import StoredTeacher

@@ -58,14 +58,14 @@ def trainer_rows(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, t
         },
         where="test",
     )
-    step = trainer._train_step
+    step = trainer.train_step
 
     def recording(run: Any, batch: dict[str, torch.Tensor], number: int) -> tuple[float, int]:
         found.append(rows_of(batch["input_ids"]))
         return step(run, batch, number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "_train_step", recording)
+        patch.setattr(trainer, "train_step", recording)
         train(config)
     assert STEPS == len(found)
     return found

@@ -11,11 +11,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
 from ddkmix.batch import DenseSignal
-from ddkmix.distillation import DistillationModel, predicted
+from ddkmix.distillation import DistillationModel
 from ddkmix.errors import ConfigError, DataError
 from ddkmix.integrations.trainer_loss import DistillationTrainer, DistillationTrainerMixin
 from ddkmix.integrations.transformers import MixtureTrainer
 from ddkmix.losses import build_terms, terms_at
+from ddkmix.predicted_tokens import predicted
 from ddkmix.sections import Schedule
 from ddkmix.stored_teacher import StoredTeacher
 from ddkmix.teacher import LiveTeacher

@@ -1,0 +1,78 @@
+"""Whether a run has what its objective needs, as far as the config tells."""
+
+from ddkmix.config import RunConfig
+from ddkmix.errors import ConfigError
+from ddkmix.objectives import DistiLLM, MiniLLMObjective, Objective
+from ddkmix.teachers import Teachers
+
+
+def check_objective(
+    objective: Objective, config: RunConfig, *, one_tokenizer: bool, teachers: Teachers
+) -> None:
+    """Refuse objectives that the rest of a config cannot serve.
+
+    Args:
+        objective: what `config.objective` names.
+        config: the run.
+        one_tokenizer: whether student and teacher share theirs.
+        teachers: of the run.
+
+    Raises:
+        ConfigError: the first thing that is wrong.
+    """
+    if not objective.needs:
+        return
+    name = config.objective.name
+    if not one_tokenizer:
+        raise ConfigError(
+            f"objective {name} learns from responses in the tokens of one tokenizer, and student and teacher "
+            "have different ones; use objective distill, or models that share a tokenizer."
+        )
+    if config.signal.source != "live":
+        raise ConfigError(
+            f"objective {name} asks the teacher about responses that no logits store knows; set "
+            "signal.source to live."
+        )
+    if config.teacher.online is not None:
+        raise ConfigError(
+            f"teacher.online with objective {name}: the teacher's modules learn from rows of data, and are "
+            "not made for responses; leave teacher.online out, or use objective distill."
+        )
+    if config.trainer.document_boundaries:
+        raise ConfigError(
+            f"trainer.document_boundaries = true with objective {name}: a response may hold the separator, "
+            "which would cut it in two; set it to false (a row of prompts holds one of them anyway)."
+        )
+    _check_buffer(objective, config)
+    if isinstance(objective, MiniLLMObjective):
+        _check_policy_gradient(objective, config, teachers)
+
+
+def _check_buffer(objective: Objective, config: RunConfig) -> None:
+    stored, rows = config.rollouts.buffer_rows, config.trainer.batch_rows
+    if "student_responses" in objective.needs and stored < rows:
+        raise ConfigError(
+            f"rollouts.buffer_rows = {stored} holds less than the {rows} responses of a step "
+            "(trainer.batch_rows); make it at least as large."
+        )
+    if isinstance(objective, DistiLLM) and objective.capacity > stored:
+        raise ConfigError(
+            f"objective.capacity = {objective.capacity}, at which the replay buffer counts as full, and "
+            f"rollouts.buffer_rows = {stored}: it would never be. Make capacity at most {stored}."
+        )
+
+
+def _check_policy_gradient(objective: MiniLLMObjective, config: RunConfig, teachers: Teachers) -> None:
+    drawn = config.rollouts
+    if drawn.temperature != 1.0 or drawn.top_k is not None or drawn.top_p != 1.0:
+        raise ConfigError(
+            f"rollouts has temperature = {drawn.temperature:g}, top_k = {drawn.top_k}, top_p = "
+            f"{drawn.top_p:g}; objective minillm weighs responses by the probability with which they were "
+            "drawn, and knows that only at temperature 1 without top_k and top_p."
+        )
+    alone = len(teachers.members) == 1 and all(len(shares) == 1 for shares in teachers.members.values())
+    if objective.teacher_share and not alone:
+        raise ConfigError(
+            f"objective.teacher_share = {objective.teacher_share:g}: one teacher draws responses together "
+            "with the student, and this run has several; set it to 0, or let one model teach all domains."
+        )
