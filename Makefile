@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TEACHER := models/smollm2-135m-instruct
 
-.PHONY: install teacher quickstart test check docs fix bench bench-loader soak clean
+.PHONY: install teacher quickstart dpkd-quickstart test check docs fix bench bench-loader soak clean
 
 install: $(VENV)/installed
 
@@ -24,6 +24,16 @@ teacher: install
 
 quickstart: teacher
 	$(BIN)/ddkmix train configs/quickstart.yaml run_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
+
+# Begins with the student of the last `make quickstart`.
+dpkd-quickstart: teacher
+	@student=$$(ls -td runs/quickstart-*/student 2>/dev/null | head -1); \
+	test -n "$$student" || { echo "dpkd-quickstart begins with the student of make quickstart: run that first"; exit 2; }; \
+	run=runs/dpkd-quickstart-$$(date +%Y%m%d-%H%M%S); set -ex; \
+	$(BIN)/ddkmix generate configs/dpkd_quickstart.yaml student.model=$$student --by teacher; \
+	$(BIN)/ddkmix train configs/dpkd_quickstart.yaml student.model=$$student run_dir=$$run; \
+	$(BIN)/ddkmix rouge configs/dpkd_quickstart.yaml student.model=$$student; \
+	$(BIN)/ddkmix rouge $$run
 
 test: teacher
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --quiet

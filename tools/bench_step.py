@@ -61,7 +61,7 @@ def measure(config: RunConfig, steps: int, warmup: int) -> dict[str, Any]:
             started = time.perf_counter()
             batch = next(run.mixture)
             waited = time.perf_counter() - started
-            norm, tokens = trainer._train_step(run, batch, step)
+            norm, tokens = trainer.train_step(run, batch, step)
             trainer._record(run, bar, step + 1, norm, tokens, time.perf_counter() - started, waited)
             whole = time.perf_counter() - started
             plain = _seconds(lambda rows=batch: bare(rows))
