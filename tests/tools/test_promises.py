@@ -8,7 +8,8 @@ REPO = Path(__file__).resolve().parents[2]
 
 def table() -> str:
     """The section of BENCHMARKS.md."""
-    return (REPO / "BENCHMARKS.md").read_text(encoding="utf-8").partition("## Promises")[2].partition("\n## ")[0]
+    text = (REPO / "BENCHMARKS.md").read_text(encoding="utf-8")
+    return text.partition("## Promises")[2].partition("\n## ")[0]
 
 
 def missing_tests(text: str) -> list[str]:
