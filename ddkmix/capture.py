@@ -7,7 +7,6 @@ capture that was killed goes on where it stopped, and ends with the bytes of one
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,7 +22,7 @@ from ddkmix.logits_store.totals import Totals, total, totals_of_facts
 from ddkmix.pack import PackedDomain, Part
 from ddkmix.preflight import Prepared, check
 from ddkmix.prepare import open_rows, storage_of, store_cards, stores_folder
-from ddkmix.ranks import current_rank, from_main, sum_over_ranks
+from ddkmix.ranks import current_rank, from_main, open_processes, sum_over_ranks
 from ddkmix.recording import Recorder, head_of_teacher
 from ddkmix.teacher import EnsembleTeacher, LiveTeacher
 from ddkmix.teaching import (
@@ -140,12 +139,10 @@ def open_capturing(config: RunConfig) -> Capturing:
     Raises:
         DdkmixError: the first thing that is wrong; no model is loaded.
     """
-    from accelerate import PartialState
-
     prepared = check(config)
     folder = stores_folder(config)
     cards = {name: _existing(folder, card) for name, card in store_cards(prepared).items()}
-    processes: Any = PartialState()
+    processes = open_processes()
     rank, world_size = current_rank()
     with processes.main_process_first():
         packed: dict[str, PackedDomain] = open_rows(prepared, shown=processes.is_main_process)

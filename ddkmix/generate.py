@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from ddkmix.logits_store.sidecar import GENERATE, SidecarWriter
 from ddkmix.pack import Part
 from ddkmix.preflight import Prepared, check
 from ddkmix.prepare import open_rows, storage_of
-from ddkmix.ranks import current_rank, from_main, sum_over_ranks
+from ddkmix.ranks import current_rank, from_main, open_processes, sum_over_ranks
 from ddkmix.responders import (
     By,
     check_models,
@@ -134,11 +133,9 @@ def open_generating(config: RunConfig, by: By, prompts_of: PromptsOf | None = No
     Raises:
         DdkmixError: the first thing that is wrong.
     """
-    from accelerate import PartialState
-
     prepared = check(config)
     check_models(prepared, by)
-    processes: Any = PartialState()
+    processes = open_processes()
     rank, world_size = current_rank()
     with processes.main_process_first():
         packed = open_rows(prepared, shown=processes.is_main_process)
