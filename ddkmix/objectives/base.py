@@ -8,8 +8,8 @@ from ddkmix.preference.on_policy import Source
 
 __all__ = ["Needs", "Objective", "Part", "WindowNames"]
 
-Needs = Literal["teacher_responses", "student_responses", "one_teacher"]
-"""What a run must have: a store of the teacher's responses, a student that answers, one teaching model."""
+Needs = Literal["teacher_responses", "student_responses"]
+"""What a run must have: a store of the teacher's responses, a student that answers."""
 
 WindowNames = Mapping[str, tuple[str, ...]]
 """Metrics of an objective, beside those of `loss`: the names of the values of each part."""
@@ -80,6 +80,17 @@ class Objective(Protocol):
             rows: `ddkmix.step_rows.StepRows` of the step.
         """
         ...
+
+
+def new_or_replayed(uniform: float, fresh: float, stored: int) -> Source:
+    """New responses of the student on a share of the steps, and while there are no old ones.
+
+    Args:
+        uniform: a number in [0, 1), drawn for the step.
+        fresh: the share.
+        stored: rows in the replay buffer.
+    """
+    return "generate" if uniform < fresh or not stored else "replay"
 
 
 class Stateless:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from ddkmix.objectives.base import Part, Stateless, WindowNames
+from ddkmix.objectives.base import Part, Stateless, WindowNames, new_or_replayed
 from ddkmix.preference import PairLoss
 from ddkmix.preference.on_policy import Source
 
@@ -49,7 +49,7 @@ class Pairs(Stateless):
         self, state: Mapping[str, Any], *, step: int, steps: int, uniform: float, stored: int
     ) -> Source:
         """New responses on a share `fresh` of the steps, and while there are no old ones; see `Objective`."""
-        return "generate" if uniform < self.settings.fresh or not stored else "replay"
+        return new_or_replayed(uniform, self.settings.fresh, stored)
 
     def parts(self, rows: Any) -> Sequence[Part]:
         """The data's rows, and the pairs.

@@ -21,6 +21,18 @@ class _OfLoss:
         return {}
 
 
+class _NeverStudent(_OfLoss, Stateless):
+    """The student answers nothing."""
+
+    __slots__ = ()
+
+    def decide(
+        self, state: Mapping[str, Any], *, step: int, steps: int, uniform: float, stored: int
+    ) -> Source:
+        """Never a response of the student; see `Objective`."""
+        return "dataset"
+
+
 class _OnDataOrStudent(_OfLoss):
     """`loss` on the rows of data, or on the student's responses to their prompts."""
 
@@ -39,16 +51,10 @@ class _OnDataOrStudent(_OfLoss):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Distill(_OfLoss, Stateless):
+class Distill(_NeverStudent):
     """`loss` on the rows of data: distillation as DDK has it (arXiv 2407.16154, Eq. 3)."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-
-    def decide(
-        self, state: Mapping[str, Any], *, step: int, steps: int, uniform: float, stored: int
-    ) -> Source:
-        """Always the data; see `Objective`."""
-        return "dataset"
 
     def parts(self, rows: Any) -> Sequence[Part]:
         """The planner's rows.
@@ -60,7 +66,7 @@ class Distill(_OfLoss, Stateless):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SeqKD(_OfLoss, Stateless):
+class SeqKD(_NeverStudent):
     """`loss` on the teacher's responses, in the place of the data's: sequence-level distillation.
 
     As published (arXiv 1606.07947) the loss is `cross_entropy` alone, and responses are the mode of the
@@ -69,12 +75,6 @@ class SeqKD(_OfLoss, Stateless):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher_responses"})
-
-    def decide(
-        self, state: Mapping[str, Any], *, step: int, steps: int, uniform: float, stored: int
-    ) -> Source:
-        """No response of the student; see `Objective`."""
-        return "dataset"
 
     def parts(self, rows: Any) -> Sequence[Part]:
         """Text, and prompts with the teacher's responses.

@@ -25,7 +25,7 @@ class MiniLLMObjective(MiniLLM, Stateless):
 
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Factor on the mean over the responses' tokens."""
-    needs: ClassVar[frozenset[str]] = frozenset({"student_responses", "one_teacher"})
+    needs: ClassVar[frozenset[str]] = frozenset({"student_responses"})
     stands_alone: ClassVar[bool] = True
 
     def windows(self) -> WindowNames:

@@ -17,7 +17,7 @@ from ddkmix.preference import PairLoss
 from ddkmix.preference.contrastive import ContrastiveSkew
 from ddkmix.preference.dpkd import ChosenNLL
 from ddkmix.preference.minillm import MiniLLM, mixed_log_probs
-from ddkmix.preference.rewards import pair_measures
+from ddkmix.preference.rewards import PAIR_MEASURES, pair_measures
 from ddkmix.preference.scores import ResponseScores, mean_per_row, response_log_probs, response_scores
 
 __all__ = ["PairStep", "PolicyGradientStep", "SkewStep"]
@@ -38,7 +38,7 @@ class PairStep:
     @property
     def weights(self) -> list[float]:
         """Of each value in the objective."""
-        return [self.weight, self.weight * self.chosen_nll, *[0.0] * 6]
+        return [self.weight, self.weight * self.chosen_nll, *[0.0] * len(PAIR_MEASURES)]
 
     def __call__(
         self, batch: ResponseBatch, weight: float | Tensor

@@ -81,7 +81,7 @@ def test_every_objective_is_built_by_its_name_alone(name: str) -> None:
     """It offers what the trainer asks of it, and needs nothing that there is not."""
     objective = build_objective({"name": name})
     assert isinstance(objective, Objective)
-    assert {"teacher_responses", "student_responses", "one_teacher"} >= objective.needs
+    assert {"teacher_responses", "student_responses"} >= objective.needs
     state = objective.init(2.0)
     assert objective.decide(objective.update(state, 2.0), **ABOUT) in ("dataset", "generate", "replay")
     assert isinstance(objective.windows(), Mapping)
