@@ -93,55 +93,51 @@ def open_answers(
         teacher: which is asked about responses.
         accelerator: that of the run.
 
-    Raises:
-        ConfigError: parameters of the student are split over ranks.
     """
     config, names = prepared.config, tuple(packed)
-    card = next(iter(asked.cards.values()))
+    # a chat ends with its turn and plain fields with their text: either ends the student's responses anywhere
+    stop_ids = tuple(sorted({stop for card in asked.cards.values() for stop in card.stop_ids}))
     decoder = None
     if "student_responses" in prepared.objective.needs:
-        _check_whole(accelerator, config.objective.name)
         every = [own.num_tokens(i) for own in asked.prompts.values() for i in range(len(own.shards))]
         longest = max(int(lengths.max(initial=0)) for lengths in every)
-        decoder = _decoder(prepared, card, student, teacher, longest)
+        decoder = _decoder(prepared, asked, stop_ids, student, teacher, longest)
     padding = {name: packed[name].train.padding_id for name in asked.prompts}
     return Answers(
         domains=names,
         prompts=asked.prompts,
-        silent={name: frozenset((*card.stop_ids, padding[name])) for name in padding},
+        silent={name: frozenset((*stop_ids, padding[name])) for name in padding},
         store=asked.store,
         decoder=decoder,
         buffer=ReplayBuffer(config.rollouts.buffer_rows, seed=config.seed),
         seed=config.seed,
-        stop_ids=frozenset(card.stop_ids),
+        stop_ids=frozenset(stop_ids),
         padding_id=next(iter(padding.values())),
         precision=accelerator.autocast,
     )
 
 
 def _decoder(
-    prepared: Prepared, card: ResponseCard, student: nn.Module, teacher: SignalSource, longest: int
+    prepared: Prepared,
+    asked: Asked,
+    stop_ids: tuple[int, ...],
+    student: nn.Module,
+    teacher: SignalSource,
+    longest: int,
 ) -> Decoder:
-    drawn, objective, beside = prepared.config.rollouts, prepared.objective, None
+    config, objective, beside = prepared.config, prepared.objective, None
+    drawn, max_new_tokens = config.rollouts, config.generate.max_new_tokens
+    classes = min(card.num_classes for card in asked.cards.values())
     if isinstance(objective, MiniLLMObjective) and objective.teacher_share:
         assert isinstance(teacher, LiveTeacher)  # checked with the config
         beside = Beside(model=teacher.model, share=objective.teacher_share)
     return Decoder(
         student,
         sampling=Sampling(temperature=drawn.temperature, top_k=drawn.top_k, top_p=drawn.top_p),
-        max_new_tokens=card.max_new_tokens,
-        stop_ids=card.stop_ids,
-        num_classes=min(card.num_classes, prepared.vocab_size or card.num_classes),
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        num_classes=min(classes, prepared.vocab_size or classes),
         block_rows=drawn.block_rows,
         beside=beside,
-        tokens=longest + card.max_new_tokens,
+        tokens=longest + max_new_tokens,
     )
-
-
-def _check_whole(accelerator: Any, objective: str) -> None:
-    kind = str(accelerator.distributed_type).rpartition(".")[2]
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise ConfigError(
-            f"objective {objective} lets every rank's student answer, which needs all of its parameters "
-            f"there, and {kind} may split them; use DDP (accelerate launch --multi_gpu)."
-        )

@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import Int
 
 from ddkmix.errors import ModelError, RunError
-from ddkmix.fingerprint import hash_json
 from ddkmix.generation.decode import Decoder, Prompt
 from ddkmix.generation.replay_buffer import ReplayBuffer, Rollout
 from ddkmix.ranks import everyones
 from ddkmix.response_store.prompts import LeadingTokens
 from ddkmix.response_store.reader import ResponseStore
+from ddkmix.truncation import seeded_uniforms
 
 _SILENT_IN_A_ROW = 64
 """New responses without a word, one after the other, after which a run is not worth going on with."""
@@ -201,8 +201,7 @@ def uniform_of(seed: int, step: int) -> float:
         seed: of the run.
         step: completed steps.
     """
-    key = int(hash_json(["source", seed, step])[:32], 16)
-    return float(np.random.Generator(np.random.Philox(key=key)).random())
+    return float(seeded_uniforms(["source", seed, step], 1, 1)[0, 0])
 
 
 def _rollout(answer: Answer) -> tuple[int, Rollout]:

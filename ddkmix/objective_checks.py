@@ -5,6 +5,9 @@ from ddkmix.errors import ConfigError
 from ddkmix.objectives import DistiLLM, MiniLLMObjective, Objective
 from ddkmix.teachers import Teachers
 
+_SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
+"""Accelerate's names of what leaves a rank with a part of the student."""
+
 
 def check_objective(
     objective: Objective, config: RunConfig, *, one_tokenizer: bool, teachers: Teachers
@@ -46,6 +49,29 @@ def check_objective(
     _check_buffer(objective, config)
     if isinstance(objective, MiniLLMObjective):
         _check_policy_gradient(objective, config, teachers)
+
+
+def check_processes(objective: Objective, config: RunConfig, distributed_type: str) -> None:
+    """Refuse what asks the student itself where a rank holds only a part of it.
+
+    Args:
+        objective: what `config.objective` names.
+        config: the run.
+        distributed_type: Accelerate's, such as `MULTI_GPU` (DDP) or `FSDP`.
+
+    Raises:
+        ConfigError: the student is sharded, and has to answer or to teach its teacher's modules.
+    """
+    kind, what = getattr(distributed_type, "value", distributed_type), None
+    if config.teacher.online is not None:
+        what = "teacher.online"
+    if "student_responses" in objective.needs:
+        what = f"objective {config.objective.name}"
+    if what is not None and kind in _SHARDED:
+        raise ConfigError(
+            f"{what} needs the whole student on every rank, and under {kind} each has a part of it; launch "
+            "with DDP (accelerate launch --multi_gpu)."
+        )
 
 
 def _check_buffer(objective: Objective, config: RunConfig) -> None:

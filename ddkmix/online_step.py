@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ddkmix.config import OnlineModules, RunConfig
 from ddkmix.distillation import DistillationModel
-from ddkmix.errors import ConfigError, NumericsError, RunError
+from ddkmix.errors import NumericsError, RunError
 from ddkmix.losses import CrossEntropy, ForwardKL, LossTerm
 from ddkmix.metrics import LossWindow
 from ddkmix.online_teacher import OnlineTeacher, as_loaded, save_modules
@@ -28,8 +28,6 @@ Reduce = Callable[[Tensor], Tensor]
 
 _PREFIX = "teacher/"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
-"""Accelerate's names of what leaves a rank with a part of the student."""
 
 
 class NoModules:
@@ -220,24 +218,6 @@ def open_online(
     if not isinstance(teacher, OnlineTeacher):
         return NoModules()
     return OnlineStep(teacher, student, config, domains)
-
-
-def check_replicated(config: RunConfig, distributed_type: str) -> None:
-    """Refuse modules where a rank holds only a part of the student: its output layer is needed whole.
-
-    Args:
-        config: the run.
-        distributed_type: Accelerate's, such as `MULTI_GPU` (DDP) or `FSDP`.
-
-    Raises:
-        ConfigError: the student is sharded.
-    """
-    name = getattr(distributed_type, "value", distributed_type)
-    if config.teacher.online is not None and name in _SHARDED:
-        raise ConfigError(
-            f"teacher.online needs the whole student on every rank, and under {name} each has a part of it; "
-            "launch with DDP (--multi_gpu), or leave teacher.online out."
-        )
 
 
 def _gradient_of(part: nn.Parameter) -> Tensor:

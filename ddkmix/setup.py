@@ -16,7 +16,8 @@ from ddkmix.errors import ConfigError
 from ddkmix.matching import Matching, consistency_of, hidden_match_of
 from ddkmix.metrics import LossWindow
 from ddkmix.models import build_student, save_student
-from ddkmix.online_step import check_replicated, open_online
+from ddkmix.objective_checks import check_processes
+from ddkmix.online_step import open_online
 from ddkmix.pack import PackedDomain
 from ddkmix.preflight import Prepared, check
 from ddkmix.prepare import open_mixture, open_rows
@@ -64,6 +65,7 @@ def train(
     """
     prepared = check(config)
     accelerator = open_accelerator(config)
+    check_processes(prepared.objective, config, accelerator.distributed_type)
     found, changes = None, []
     if accelerator.is_main_process:
         found = find_run(config, resume=resume, allow_changes=allow_changes)
@@ -75,10 +77,10 @@ def train(
     run = _open(prepared, packed, accelerator)
     run.on_losses = on_losses
     if checkpoint is not None:
-        state = load_checkpoint(accelerator, checkpoint)
-        run.online.load(load_arrays(checkpoint), of=checkpoint, sums=same_domains(run, state) and run.main)
+        state, arrays = load_checkpoint(accelerator, checkpoint), load_arrays(checkpoint)
+        run.online.load(arrays, of=checkpoint, sums=same_domains(run, state) and run.main)
         changes = [*changes, *restore(run, state, changes, allow_changes=allow_changes)]
-        changes += restore_answers(run, state, load_arrays(checkpoint), afresh=bool(changes))
+        changes += restore_answers(run, state, arrays, afresh=bool(changes))
     if run.main:
         _claim(run, _describe(run, prepared, packed), changes)
         record_kept(config.run_dir, kept)
@@ -122,7 +124,6 @@ def _from_main(accelerator: Any, value: Any) -> Any:
 
 def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any) -> Run:
     config = prepared.config
-    check_replicated(config, accelerator.distributed_type)
     mixture = open_mixture(
         config, packed, rank=accelerator.process_index, world_size=accelerator.num_processes
     )

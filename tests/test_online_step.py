@@ -21,7 +21,9 @@ from ddkmix.distillation import DistillationModel
 from ddkmix.errors import ConfigError, NumericsError, RunError
 from ddkmix.losses import build_terms
 from ddkmix.models import build_student, load_teacher
-from ddkmix.online_step import NoModules, OnlineStep, check_replicated, open_online
+from ddkmix.objective_checks import check_processes
+from ddkmix.objectives import Distill
+from ddkmix.online_step import NoModules, OnlineStep, open_online
 from ddkmix.online_teacher import OnlineTeacher, load_modules
 from ddkmix.preflight import check
 from ddkmix.prepare import open_mixture, open_rows
@@ -588,11 +590,13 @@ def test_what_cannot_have_modules_is_refused_before_a_model_is_loaded(
 def test_a_sharded_student_is_refused(tiny_config: Make, kind: DistributedType) -> None:
     """One line with Accelerate's name of it; without modules, and under DDP, it is nobody's business."""
     config = parse_config(online_tree(tiny_config), where="test")
-    with pytest.raises(ConfigError, match=rf"under {kind.value} each has a part of it; launch with DDP"):
-        check_replicated(config, kind)
-    check_replicated(parse_config(tiny_config(), where="test"), kind)
-    check_replicated(config, DistributedType.MULTI_GPU)
-    check_replicated(config, DistributedType.NO)
+    with pytest.raises(
+        ConfigError, match=rf"teacher.online .* under {kind.value} each has a part .* with DDP"
+    ):
+        check_processes(Distill(), config, kind)
+    check_processes(Distill(), parse_config(tiny_config(), where="test"), kind)
+    check_processes(Distill(), config, DistributedType.MULTI_GPU)
+    check_processes(Distill(), config, DistributedType.NO)
 
 
 def test_a_target_that_the_teacher_lacks_ends_the_run_with_a_line(tiny_config: Make) -> None:

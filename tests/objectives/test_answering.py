@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from ddkmix import answering, setup
 from ddkmix.answering import Asked, open_prompts
 from ddkmix.config import RunConfig
 from ddkmix.errors import ConfigError, DataError, DdkmixError, ModelError
+from ddkmix.objective_checks import check_processes
 from ddkmix.preflight import check
 from ddkmix.prepare import open_rows
 from ddkmix.setup import train
@@ -131,12 +133,47 @@ def test_an_ensemble_has_no_responses(make_run: MakeRun, chat_teacher: Path) -> 
 
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_a_student_in_pieces_cannot_answer(kind: DistributedType) -> None:
-    """Its parameters lie on several ranks; DDP's do not."""
-    with pytest.raises(ConfigError, match=f"objective gkd .* {kind.name} may split them; use DDP") as info:
-        answering._check_whole(SimpleNamespace(distributed_type=kind), "gkd")
-    assert "\n" not in str(info.value)
-    answering._check_whole(SimpleNamespace(distributed_type=DistributedType.MULTI_CPU), "gkd")
+def test_a_student_in_pieces_cannot_answer(make_run: MakeRun, kind: DistributedType) -> None:
+    """Its parameters lie on several ranks; DDP's do not, and without an objective nobody asks it."""
+    for sections in (GKD, DPKD):
+        prepared = check(make_run(**sections))
+        name = sections["objective"]["name"]
+        with pytest.raises(
+            ConfigError, match=f"objective {name} needs .* under {kind.value} .* with DDP"
+        ) as info:
+            check_processes(prepared.objective, prepared.config, kind)
+        assert "\n" not in str(info.value)
+        check_processes(prepared.objective, prepared.config, DistributedType.MULTI_CPU)
+    prepared = check(make_run())
+    check_processes(prepared.objective, prepared.config, kind)
+
+
+def test_a_student_in_pieces_is_refused_before_rows_are_packed(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is paid for a run that cannot be."""
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_main_process=True)
+    monkeypatch.setattr(setup, "open_accelerator", lambda config: accelerator)
+    monkeypatch.setattr(setup, "open_rows", None)  # whoever calls it fails otherwise
+    refused(make_run(**GKD), ConfigError, "objective gkd needs the whole student")
+
+
+def test_what_ends_a_response_in_any_domain_ends_the_students(make_run: MakeRun) -> None:
+    """A chat's turn and the end of a plain text are different tokens, and the decoder is one."""
+    run = open_run(make_run(**GKD))
+    assert run.answers is not None
+    asked = opened(run.config)
+    assert asked is not None
+    card = asked.cards["talk"]
+    ends = (*card.stop_ids, 7)
+    more = replace(asked, cards={"other": card, "talk": replace(card, stop_ids=ends)})
+    prepared = check(run.config)
+    student = run.accelerator.unwrap_model(run.student).student
+    packed = open_rows(prepared, shown=False)
+    answers = answering.open_answers(prepared, packed, more, student, run.teacher, run.accelerator)
+    assert answers.decoder is not None
+    assert set(ends) == answers.stop_ids == answers.decoder._stop
+    assert set(ends) <= answers.silent["talk"]
 
 
 def test_what_ends_or_pads_a_text_says_nothing(make_run: MakeRun) -> None:
