@@ -7,12 +7,14 @@ of a matrix product is a matter of the matrices' shapes. transformers asks a cac
 takes a mask with four dimensions as it is.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -65,13 +67,20 @@ class Slots:
         """
         self._positions.copy_(positions)
         seen = torch.arange(self.length, device=self._device) <= self._positions[:, None]
-        return _logits(
-            self._model,
-            tokens[:, None].to(self._device),
-            attention_mask=self._mask(seen)[:, None, None],
-            position_ids=self._positions[:, None],
-            past_key_values=self._cache,
-        )
+        with self._attention():
+            return _logits(
+                self._model,
+                tokens[:, None].to(self._device),
+                attention_mask=self._mask(seen)[:, None, None],
+                position_ids=self._positions[:, None],
+                past_key_values=self._cache,
+            )
+
+    def _attention(self) -> AbstractContextManager[None]:
+        """On CPUs the fused kernel deals rows to threads, and a thread's numbers depend on where its buffer
+        lies: with two threads the second half of the rows differed from the first."""
+        on_cpu = self._device.type == "cpu"
+        return sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
 
     def _mask(self, seen: Tensor) -> Tensor:
         if getattr(self._model.config, "_attn_implementation", None) == "sdpa":

@@ -1,5 +1,7 @@
 """Decoding: the responses of the slowest way, the same in any company, and models that cannot are refused."""
 
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,9 @@ from torch import nn
 
 from ddkmix.errors import DataError, ModelError, NumericsError
 from ddkmix.generation import slots as slots_module
-from ddkmix.generation.decode import Decoder, Prompt, slot_length
+from ddkmix.generation.decode import Decoder, Prompt, prove, slot_length
 from ddkmix.generation.sampling import Sampling
+from ddkmix.generation.slots import Slots
 from tests.generation.models import CLASSES, decoder_of, one_by_one, prompts_of, small_model
 
 
@@ -77,6 +80,45 @@ def test_a_response_is_the_same_in_any_company(dtype: torch.dtype, block_rows: i
     others = prompts_of(9, seed=5)
     mixed = [prompt for pair in zip(others, prompts, strict=False) for prompt in pair]
     assert expected[:9] == as_lists(decoder.responses(mixed))[1::2]
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's threads, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+WIDE = {"hidden_size": 576, "intermediate_size": 96, "num_attention_heads": 9, "num_key_value_heads": 3}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_rows_do_not_depend_on_the_thread_that_has_them(
+    threads: Callable[[int], None], count: int, dtype: torch.dtype
+) -> None:
+    """Of SmolLM2's heads, whose numbers differed from the first thread's to the second's."""
+    threads(count)
+    model = small_model(**WIDE).to(dtype)
+    with torch.no_grad():
+        prove(Slots(model, 8, 96), model)
+
+
+def test_the_fused_kernel_of_cpus_would_be_noticed(
+    threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two threads the second half of the rows differs from the first half, on the machines seen so far."""
+    threads(2)
+    monkeypatch.setattr(Slots, "_attention", lambda self: nullcontext())
+    model = small_model(**WIDE)
+    try:
+        with torch.no_grad():
+            prove(Slots(model, 8, 96), model)
+    except ModelError as error:
+        assert "depend on its place among 8 rows" in str(error)
+    else:
+        pytest.skip("here the fused kernel treats all rows alike")
 
 
 def test_logits_are_the_same_in_any_company_bit_for_bit() -> None:
