@@ -1,6 +1,9 @@
 """Train one student with several objectives and seeds, and compare what it answers before and after.
 
-    python tools/compare_objectives.py configs/dpkd_quickstart.yaml student.model=RUN/student
+    python tools/compare_objectives.py configs/dpkd_quickstart.yaml student.model=RUN/student --first-steps 60
+
+With --first-steps every seed's student is trained with cross-entropy on the data's responses first, and all
+methods begin with that one, as in the papers; `sft` goes on with it for as many steps as the others have.
 
 Every run is `ddkmix train` with the objective's lines in the place of the config's, its measurements are
 `ddkmix rouge` and the run's own held-out losses. A run that is whole is not made again, so the tool goes on
@@ -15,7 +18,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+SFT = ["objective={name: distill}", "loss=[{name: cross_entropy, weight: 1.0}]"]
 METHODS = {
+    "sft": SFT,
     "seqkd": ["objective={name: seqkd}", "loss=[{name: cross_entropy, weight: 1.0}]"],
     "gkd": ["objective={name: gkd, share: 0.5}", "loss=[{name: jsd, weight: 1.0, beta: 0.5}]"],
     "dpkd": [],
@@ -35,22 +40,36 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/objectives"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--first-steps", type=int, default=0, help="steps of cross-entropy on the data before"
+    )
     asked = parser.parse_intermixed_args(arguments)
     results: dict[str, dict[str, float]] = {}
+
+    def measured(name: str, seed: int, *overrides: str) -> Path:
+        """Train and measure, unless that was done; the first run says what was before all of them."""
+        run_dir = asked.out / f"{name}-{seed}"
+        own = [*asked.overrides, *overrides, f"seed={seed}", f"run_dir={run_dir}"]
+        if not (run_dir / "student").exists():
+            resume = ["--resume"] if (run_dir / "checkpoints").exists() else []
+            _ddkmix("train", str(asked.config), *own, *resume)
+        first, last = _losses(run_dir)
+        if "before" not in results:
+            results["before"] = {**first, **_rouge(asked.out / "before.json", asked.config, own)}
+        student = run_dir / "student"
+        after = _rouge(run_dir / "rouge.json", asked.config, own, "--student", str(student))
+        results[f"{name}-{seed}"] = {**last, **after}
+        (asked.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        return student
+
     for seed in asked.seeds:
+        begun = []
+        if asked.first_steps:
+            student = measured("start", seed, *SFT, f"trainer.steps={asked.first_steps}")
+            begun = [f"student.model={student}"]
         for method in asked.methods:
-            run_dir = asked.out / f"{method}-{seed}"
-            own = [*asked.overrides, *METHODS[method], f"seed={seed}", f"run_dir={run_dir}"]
-            if not (run_dir / "student").exists():
-                resume = ["--resume"] if (run_dir / "checkpoints").exists() else []
-                _ddkmix("train", str(asked.config), *own, *resume)
-            first, last = _losses(run_dir)
-            if "before" not in results:
-                results["before"] = {**first, **_rouge(asked.out / "before.json", asked.config, own)}
-            after = _rouge(run_dir / "rouge.json", asked.config, own, "--student", str(run_dir / "student"))
-            results[f"{method}-{seed}"] = {**last, **after}
-            (asked.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results, asked.methods))
+            measured(method, seed, *METHODS[method], *begun)
+    print(table(results, ["start", *asked.methods] if asked.first_steps else asked.methods))
 
 
 def table(results: dict[str, dict[str, float]], methods: list[str]) -> str:

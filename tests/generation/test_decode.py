@@ -108,7 +108,7 @@ def test_rows_do_not_depend_on_the_thread_that_has_them(
 def test_the_fused_kernel_of_cpus_would_be_noticed(
     threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With two threads the second half of the rows differs from the first half, on the machines seen so far."""
+    """With two threads the second half of the rows differs from the first, on the machines seen so far."""
     threads(2)
     monkeypatch.setattr(Slots, "_attention", lambda self: nullcontext())
     model = small_model(**WIDE)
