@@ -39,6 +39,8 @@ class Place:
     row: int
     slot: int = 0
     """Place of the row in the global batch."""
+    tokens: Int[np.ndarray, " T"] | None = field(default=None, compare=False, repr=False)
+    """The row, where it is at hand: then it is not read again, which would be slow from afar."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -148,11 +150,18 @@ class Answers:
 
     def prompt(self, place: Place) -> Int[np.ndarray, " p"]:
         """The tokens of a prompt."""
-        return self.prompts[self.domains[place.domain]].read(place.shard, [place.row])[0]
+        own = self.prompts[self.domains[place.domain]]
+        if place.tokens is None:
+            return own.read(place.shard, [place.row])[0]
+        return place.tokens[: own.num_tokens(place.shard)[place.row]]
 
     def of_data(self, place: Place) -> Int[np.ndarray, " n"]:
         """The data's own response to a prompt."""
-        return self.prompts[self.domains[place.domain]].response(place.shard, place.row)
+        own = self.prompts[self.domains[place.domain]]
+        if place.tokens is None:
+            return own.response(place.shard, place.row)
+        start = own.num_tokens(place.shard)[place.row]
+        return place.tokens[start : own.rows.tokens_at(place.shard, place.row)]
 
     def is_empty(self, domain: int, ids: Int[np.ndarray, " n"]) -> bool:
         """Whether a response says nothing."""

@@ -103,10 +103,11 @@ def _step_rows(run: Run, batch: dict[str, Tensor], step: int, terms: Sequence[Lo
     slots = deal(mixture.last_plan, *mixture.ranks).tolist()
     asked = [answers.has_prompts(domain) for domain in mixture.last_plan.domain_ids.tolist()]
     numbers = np.cumsum(asked) - 1
+    tokens = batch["input_ids"].cpu().numpy()
     places = [
-        Place(domain=domain, shard=shard, row=row, slot=slot)
-        for domain, (shard, row), slot in zip(
-            batch["domain_ids"].tolist(), mixture.row_places.tolist(), slots, strict=True
+        Place(domain=domain, shard=shard, row=row, slot=slot, tokens=own)
+        for domain, (shard, row), slot, own in zip(
+            batch["domain_ids"].tolist(), mixture.row_places.tolist(), slots, tokens, strict=True
         )
     ]
     steps = run.config.trainer.steps

@@ -121,6 +121,23 @@ def test_what_is_recorded_of_a_response(run: Run) -> None:
         assert len(values) == len(ROLLOUT_VALUES)
 
 
+def test_a_row_at_hand_is_not_read_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its prompt and the data's response are those on disk."""
+    rows = afresh(run).prompts["talk"].rows
+    reader = RowReader(rows)
+    at_hand = [
+        replace(place, tokens=reader.read(place.shard, place.row).astype(np.int64)) for place in PLACES
+    ]
+    assert at_hand == PLACES
+    assert rows.num_rows == len(PLACES)
+    answers = afresh(run)
+    read = [(answers.prompt(place).tolist(), answers.of_data(place).tolist()) for place in PLACES]
+    assert all(prompt and response for prompt, response in read)
+    monkeypatch.setattr(RowReader, "read", None)  # whoever calls it fails
+    monkeypatch.setattr(RowReader, "read_into", None)
+    assert read == [(answers.prompt(place).tolist(), answers.of_data(place).tolist()) for place in at_hand]
+
+
 # --- old responses ---------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from ddkmix.config import RunConfig, dump_config
 from ddkmix.losses import CrossEntropy, LossTerm
 from ddkmix.objectives import Part
 from ddkmix.predicted_tokens import predicted
+from ddkmix.response_store.prompts import LeadingTokens
 from ddkmix.train_step import _micro_batches, _units, parts_of
 from tests.conftest import REPO, reset_accelerate
 from tests.objectives.opened import STILL, observed, of_rank, open_run
@@ -129,6 +130,23 @@ def test_a_step_is_the_mean_over_pairs_and_the_mean_over_tokens(make_run: MakeRu
     assert len(pairs.batch["labels"]) // 2 == records[0]["pairs/pairs"]
     assert tokens == records[0]["train/tokens"]
     assert tokens + int(predicted(pairs.batch["labels"]).sum()) == records[0]["tokens"]
+
+
+def test_a_step_reads_no_prompt_that_is_in_the_batch(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PLAD asks for prompts and for the data's responses, on new rollouts."""
+    run = open_run(make_run(objective={"name": "plad_margin"}, loss=[]))
+    batch = next(run.mixture)
+
+    def reads(*_: Any) -> Any:
+        raise AssertionError("a row was read")
+
+    monkeypatch.setattr(LeadingTokens, "read", reads)
+    monkeypatch.setattr(LeadingTokens, "response", reads)
+    (pairs,) = parts_of(run, batch, 0)
+    assert len(pairs.batch["labels"]) > 0
+    run.mixture.close()
 
 
 def test_distillation_asks_nobody_and_trains_on_the_rows_of_data(make_run: MakeRun) -> None:
