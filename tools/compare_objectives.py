@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     def measured(name: str, seed: int, *overrides: str) -> Path:
         """Train and measure, unless that was done; the first run says what was before all of them."""
         run_dir = asked.out / f"{name}-{seed}"
-        own = [*asked.overrides, *overrides, f"seed={seed}", f"run_dir={run_dir}"]
+        own = [*asked.overrides, f"seed={seed}", *overrides, f"run_dir={run_dir}"]
         if not (run_dir / "student").exists():
             resume = ["--resume"] if (run_dir / "checkpoints").exists() else []
             _ddkmix("train", str(asked.config), *own, *resume)
@@ -66,7 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
         begun = []
         if asked.first_steps:
             student = measured("start", seed, *SFT, f"trainer.steps={asked.first_steps}")
-            begun = [f"student.model={student}"]
+            # other rows than those it began with, and the same for all methods
+            begun = [f"student.model={student}", f"seed={seed + 1000}"]
         for method in asked.methods:
             measured(method, seed, *METHODS[method], *begun)
     print(table(results, ["start", *asked.methods] if asked.first_steps else asked.methods))
