@@ -119,6 +119,8 @@ def _message(message: Any, name: str, where: str) -> dict[str, Any]:
         )
     for key in ("role", "content"):
         checked_text(message[key], f"{name}.{key}", where)
+    if not (message["role"] or "").strip():
+        raise DataError(f"{where}: {name}.role is empty; it says who speaks: system, user or assistant.")
     kept = {"role": "", "content": "", **{k: v for k, v in message.items() if v is not None}}
     try:
         json.dumps(kept, ensure_ascii=False).encode()

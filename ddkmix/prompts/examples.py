@@ -80,12 +80,11 @@ def _of_messages(record: Mapping[str, Any], format: PromptFormat) -> Example | L
         return LeftOut(f"refused by the chat template ({str(error)[:_MOST_OF_A_REASON]})")
     if not whole.startswith(prompt):
         return LeftOut(REWRITTEN)
-    response, end, _ = whole[len(prompt) :].rpartition(format.end_of_turn)
-    if not end:
-        if format.tail is None:
-            return LeftOut(NO_END)
-        response = whole[len(prompt) :].removesuffix(format.tail)
-    return Example(prompt, response)
+    written = whole[len(prompt) :]
+    if format.tail is not None:
+        return Example(prompt, written.removesuffix(format.tail))
+    response, end, _ = written.rpartition(format.end_of_turn)
+    return Example(prompt, response) if end else LeftOut(NO_END)
 
 
 def _texts(value: Any) -> Iterator[str]:

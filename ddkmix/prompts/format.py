@@ -82,9 +82,11 @@ def find_format(prompts: PromptResponse, tokenizer: TokenizerCard, *, where: str
                 f"prompt_response: end_of_turn: {list(special)[:8]}."
             )
     ids = token_ids(tokenizer)
-    if end not in ids:
+    if end not in ids or end not in {*special, *named.values()}:
+        # a word would end a response wherever somebody writes it
+        kind = "a token" if end not in ids else "a special token"
         raise ConfigError(
-            f"{where}: prompt_response.end_of_turn = {end!r} is not a token of {tokenizer.name}; use one of "
+            f"{where}: prompt_response.end_of_turn = {end!r} is not {kind} of {tokenizer.name}; use one of "
             f"its special tokens: {list(special)[:8]}."
         )
     return PromptFormat(

@@ -91,6 +91,8 @@ def test_a_list_of_objects_stored_as_an_object_of_lists() -> None:
     [
         ("Hi", "'m' is a JSON string; messages are a list of {role, content}."),
         (["Hi"], "'m[0]' is a JSON string; a message is {role, content}."),
+        ([{"role": None, "content": "Hi"}], "m[0].role is empty; it says who speaks"),
+        ([{"role": " ", "content": "Hi"}], "m[0].role is empty; it says who speaks"),
         ([{"from": "human", "value": "Hi"}], "'m[0]' has no role, only from, value; a message is {role"),
         ([{"role": "user", "content": [{"text": "Hi"}]}], "'m[0].content' is a JSON list; a document is a s"),
         ([{"role": 1, "content": "Hi"}], "'m[0].role' is a JSON number; a document is a string."),

@@ -85,6 +85,8 @@ def test_an_end_of_sequence_that_is_not_special(folder: Path) -> None:
     [
         ({**FIELDS, "end_of_turn": "<x>"}, {}, ConfigError, "end_of_turn = '<x>' is not a token of"),
         ({**MESSAGES, "end_of_turn": "<x>"}, {}, ConfigError, "end_of_turn = '<x>' is not a token of"),
+        ({**FIELDS, "end_of_turn": "the"}, {}, ConfigError, "end_of_turn = 'the' is not a special token of"),
+        ({**MESSAGES, "end_of_turn": "the"}, {}, ConfigError, "end_of_turn = 'the' is not a special token"),
         (FIELDS, {"eos_token": None}, ConfigError, "names no eos_token to end a response with"),
         (MESSAGES, {"chat_template": None}, ModelError, "has no chat template"),
         (MESSAGES, {"chat_template": "{% for %}"}, ModelError, "cannot write a question and its answer"),
