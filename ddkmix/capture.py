@@ -22,7 +22,7 @@ from ddkmix.logits_store.totals import Totals, total, totals_of_facts
 from ddkmix.pack import PackedDomain, Part
 from ddkmix.preflight import Prepared, check
 from ddkmix.prepare import open_rows, storage_of, store_cards, stores_folder
-from ddkmix.ranks import current_rank, from_main, open_processes, sum_over_ranks
+from ddkmix.ranks import current_rank, from_main, open_processes, wait_for_everyone
 from ddkmix.recording import Recorder, head_of_teacher
 from ddkmix.teacher import EnsembleTeacher, LiveTeacher
 from ddkmix.teaching import (
@@ -129,7 +129,7 @@ def capture(config: RunConfig, *, part: Part | None = None) -> dict[str, Totals]
         _run(job, teachers, todo)
         if measured:
             _measure(job, teachers)
-    sum_over_ranks(torch.zeros((), device=job.device))  # nobody reports before all are done
+    wait_for_everyone()  # nobody reports before all are done
     return report(job) if job.rank == 0 else None
 
 
@@ -205,7 +205,7 @@ def _prepare_stores(job: Capturing, teachers: Mapping[str, Teacher]) -> None:
             write_card(job.folder(domain), card, num_classes=len(head.weight[: head.vocab_size]))
             if card.kept.is_hidden:
                 save_head(job.folder(domain), head)
-    sum_over_ranks(torch.zeros((), device=job.device))
+    wait_for_everyone()
 
 
 def _run(job: Capturing, teachers: Mapping[str, Teacher], todo: Sequence[Job]) -> None:

@@ -23,7 +23,7 @@ from ddkmix.logits_store.sidecar import GENERATE, SidecarWriter
 from ddkmix.pack import Part
 from ddkmix.preflight import Prepared, check
 from ddkmix.prepare import open_rows, storage_of
-from ddkmix.ranks import current_rank, from_main, open_processes, sum_over_ranks
+from ddkmix.ranks import current_rank, from_main, open_processes, wait_for_everyone
 from ddkmix.responders import (
     By,
     check_models,
@@ -123,7 +123,7 @@ def answer(job: Generating, *, part: Part | None = None) -> dict[str, ResponseTo
             for name, card in job.cards.items():
                 write_card(job.folder(name), card)
         _run(job, todo)
-    sum_over_ranks(torch.zeros((), device=job.device))  # nobody reports before all are done
+    wait_for_everyone()  # nobody reports before all are done
     return report(job) if job.rank == 0 else None
 
 

@@ -17,13 +17,20 @@ def open_processes() -> Any:
     """Accelerate's view of the processes, connected, on the CPU where ACCELERATE_USE_CPU says so.
 
     Its `PartialState` alone looks for accelerators only, and leaves ranks on CPUs without a group: each would
-    then take its own share for the whole.
+    then take its own share for the whole. Ranks whose share is done wait for the others, for days if need be.
     """
+    from datetime import timedelta
+
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
     asked: bool = parse_flag_from_env("ACCELERATE_USE_CPU")  # type: ignore[no-untyped-call]
-    return PartialState(cpu=asked)
+    return PartialState(cpu=asked, timeout=timedelta(days=7))
+
+
+def wait_for_everyone() -> None:
+    """Go on when all processes have come here; unlike a reduction, this also waits on accelerators."""
+    everyones(None)
 
 
 def current_rank() -> tuple[int, int]:

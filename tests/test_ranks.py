@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from itertools import chain
 from math import ceil
 from pathlib import Path
@@ -15,7 +16,14 @@ import torch
 
 from ddkmix import DomainMixture
 from ddkmix.errors import ConfigError
-from ddkmix.ranks import current_rank, everyones, from_main, sum_over_ranks
+from ddkmix.ranks import (
+    current_rank,
+    everyones,
+    from_main,
+    open_processes,
+    sum_over_ranks,
+    wait_for_everyone,
+)
 from tests.reference_loop import BATCH_ROWS, DATASETS, SEED, expected, weights_of
 
 
@@ -63,6 +71,15 @@ def test_one_process_agrees_with_itself() -> None:
     tensor = torch.tensor([1.0, 2.0])
     assert tensor is sum_over_ranks(tensor)
     assert (5, [5]) == (from_main(5), everyones(5))
+
+
+def test_ranks_whose_share_is_done_wait_for_days(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half an hour, the default of gloo, would end a launch whose ranks have unequal shares."""
+    monkeypatch.setattr("accelerate.PartialState", dict)
+    for value in ("true", "false"):
+        monkeypatch.setenv("ACCELERATE_USE_CPU", value)
+        assert {"cpu": value == "true", "timeout": timedelta(days=7)} == open_processes()
+    wait_for_everyone()  # alone
 
 
 def test_a_mixture_reads_the_share_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
