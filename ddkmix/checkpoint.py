@@ -15,7 +15,7 @@ the optimizer's file is loaded with weights_only.
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,9 @@ import yaml
 from ddkmix.config import RunConfig, dump_config
 from ddkmix.errors import RunError
 from ddkmix.fingerprint import write_atomically
-from ddkmix.resolved_config import read_run_config
+from ddkmix.run_changes import differences_from, follows, refusal
 
 _ARRAYS = "arrays.safetensors"
-_MAY_CHANGE = ("loader", "storage", "tracking", "run_dir", "cache_dir")
-"""Sections that change neither the data nor the arithmetic."""
-_MAY_CHANGE_IN_TRAINER = ("checkpoint_steps", "keep_checkpoints", "microbatch_rows")
-_MAY_CHANGE_ON_REQUEST = (
-    *("domains", "mixture", "policy", "guards", "teachers", "default_teacher"),
-    "selection",
-)
-"""Sections that change which rows come next or who comments on them, but not what was learned."""
 
 
 def find_run(config: RunConfig, *, resume: bool, allow_changes: bool = False) -> Path | None:
@@ -53,25 +45,15 @@ def find_run(config: RunConfig, *, resume: bool, allow_changes: bool = False) ->
     if saved.exists():
         if not resume:
             raise RunError(f"{run_dir} already holds a run; go on with --resume, or choose another run_dir.")
-        for key, was, now in _differences_from(config, saved):
-            if not (allow_changes and _follows(key)):
-                raise RunError(_refusal(saved.parent, key, was, now))
+        for key, was, now in differences_from(config, saved):
+            if not (allow_changes and follows(key)):
+                raise RunError(refusal(saved.parent, key, was, now))
         return latest_checkpoint(run_dir)
     if resume:
         raise RunError(f"{run_dir} holds no run to resume (no config.yaml); leave --resume out to start.")
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise RunError(f"{run_dir} exists and is not a run; choose another run_dir or empty it.")
     return None
-
-
-def config_changes(config: RunConfig) -> list[str]:
-    """What `find_run` let pass on request: one phrase for each key that differs from the run's config."""
-    saved = config.run_dir / "config.yaml"
-    if not saved.exists():
-        return []
-    return [
-        f"{'.'.join(key)} was {was!r} and is {now!r}" for key, was, now in _differences_from(config, saved)
-    ]
 
 
 def claim_run(config: RunConfig, *, changed_at: int | None = None) -> None:
@@ -256,38 +238,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _differences_from(config: RunConfig, saved: Path) -> list[tuple[tuple[str, ...], Any, Any]]:
-    """(key, was, now) of everything that differs and may not differ freely."""
-    old, new = read_run_config(saved.parent), dump_config(config)
-    return [
-        (key, was, now)
-        for key, was, now in _differences(old, new)
-        if key[0] not in _MAY_CHANGE
-        and not (key[0] == "trainer" and key[1:] and key[1] in _MAY_CHANGE_IN_TRAINER)
-    ]
-
-
-def _follows(key: tuple[str, ...]) -> bool:
-    return key[0] in _MAY_CHANGE_ON_REQUEST or key == ("trainer", "batch_rows")
-
-
-def _refusal(run_dir: Path, key: tuple[str, ...], was: Any, now: Any) -> str:
-    way = "Resume with the old value, or choose another run_dir."
-    if _follows(key):
-        way = "Resume with the old value, add --allow-changes, or choose another run_dir."
-    return f"{run_dir} holds another run: {'.'.join(key)} was {was!r} and is now {now!r}. {way}"
-
-
-def _differences(old: Any, new: Any, key: tuple[str, ...] = ()) -> Sequence[tuple[tuple[str, ...], Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            difference
-            for name in [*old, *(n for n in new if n not in old)]
-            for difference in _differences(old.get(name), new.get(name), (*key, name))
-        ]
-    return [] if old == new else [(key, old, new)]
 
 
 def _versions() -> dict[str, str]:

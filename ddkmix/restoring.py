@@ -57,7 +57,6 @@ def restore_answers(
     if run.answers is None:
         return []
     if afresh or "objective" not in state:
-        run.measure_now = True
         return ["the replay buffer begins empty, and the objective anew"]
     run.answers.load_state(arrays)
     run.objective_state = state["objective"]["state"]

@@ -20,6 +20,7 @@ from ddkmix.projection import Projection, news, project
 from ddkmix.records import read_lines
 from ddkmix.reweighting import check_agreement
 from ddkmix.run import Run
+from ddkmix.run_changes import settings_of
 from ddkmix.teacher import SignalSource
 from ddkmix.trackers import evaluation_metrics
 from ddkmix.tracking import Bar, weights_note
@@ -39,10 +40,12 @@ def run_loop(run: Run, bar: Bar) -> DomainLosses:
     """
     config, steps = run.config, run.config.trainer.steps
     for step in range(run.mixture.state.step, steps):
-        if step % config.mixture.interval_steps == 0 or run.measure_now:
+        due = step % config.mixture.interval_steps == 0 or run.measure_now
+        if due or (run.answers is not None and run.objective_state is None):
             losses = _measure(run, step)
             _validate(run, losses)
-            _reweight(run, bar, step, losses)
+            if due:
+                _reweight(run, bar, step, losses)
         waited = time.perf_counter()
         batch = next(run.mixture, None)
         waited = time.perf_counter() - waited
@@ -77,6 +80,7 @@ def checkpoint(run: Run) -> Path:
         "policy": run.reweighter.policy_state,
         "teachers": run.teacher_keys,
         "total_tokens": run.total_tokens,
+        "settings": settings_of(run.config),
         "window": run.window.to_json(run.reduce),
     }
     if run.row_weights is not None:

@@ -1,5 +1,6 @@
 """The run directory: whose it is, and that a checkpoint is whole or not there."""
 
+import json
 import os
 import resource
 import signal
@@ -14,7 +15,6 @@ from accelerate import Accelerator
 
 from ddkmix.checkpoint import (
     claim_run,
-    config_changes,
     find_run,
     latest_checkpoint,
     load_arrays,
@@ -26,6 +26,7 @@ from ddkmix.config import dump_config, parse_config
 from ddkmix.errors import RunError
 from ddkmix.records import read_lines
 from ddkmix.resolved_config import read_run_config
+from ddkmix.run_changes import changes_since, config_changes, settings_of
 from ddkmix.setup import train
 from tests.conftest import ConfigTree
 
@@ -144,9 +145,31 @@ def test_what_changes_no_result_may_change_at_resume(tiny_config: Make) -> None:
     tree = tiny_config()
     claim_run(parse_config(tree, where="test"))
     tree = tiny_config(
-        loader={"workers": 3}, trainer={**tree["trainer"], "keep_checkpoints": 7}, cache_dir="elsewhere"
+        loader={"workers": 3},
+        trainer={**tree["trainer"], "keep_checkpoints": 7, "microbatch_rows": 1},
+        cache_dir="elsewhere",
+        generate={"folder": "moved", "batch_rows": 3},
+        capture={"folder": "moved", "batch_rows": 3},
     )
     assert find_run(parse_config(tree, where="test"), resume=True) is None
+
+
+def test_micro_batches_that_are_compared_may_not_change(tiny_config: Make) -> None:
+    """A mean over their rows is a matter of their size."""
+    tree = tiny_config(objective={"name": "minillm", "whiten": True})
+    claim_run(parse_config(tree, where="test"))
+    changed = {**tree, "trainer": {**tree["trainer"], "microbatch_rows": 2}}
+    with pytest.raises(RunError, match=r"trainer\.microbatch_rows was None and is now 2"):
+        find_run(parse_config(changed, where="test"), resume=True)
+
+
+def test_a_checkpoint_knows_what_it_was_written_under(tiny_config: Make) -> None:
+    """As JSON; what may change on request is compared, and a checkpoint of before says nothing."""
+    one, other = (parse_config(tiny_config(policy={"name": name}), where="test") for name in ("ddk", "odm"))
+    state = json.loads(json.dumps({"settings": settings_of(one)}))
+    assert [] == changes_since(state, one)
+    assert "policy.name was 'ddk' and is 'odm'" in changes_since(state, other)
+    assert [] == changes_since({}, other)
 
 
 def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path: Path, tiny_config: Make) -> None:
