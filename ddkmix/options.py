@@ -68,6 +68,11 @@ def run_or_config(
     if not path.is_dir():
         return load_config(path, overrides or []), student
     read_run_config(path)  # says what is wrong with the folder
+    for override in overrides or []:
+        if override.partition("=")[0].partition(".")[0] == "student":
+            raise ConfigError(
+                f"{override}: of a run it is its own student that is asked; name another one with --student."
+            )
     config = load_config(path / "config.yaml", overrides or [], resume=True)
     folder = path / "student"
     if student is None and not folder.is_dir():

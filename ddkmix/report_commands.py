@@ -88,16 +88,18 @@ def rouge(
     quiet_libraries()
     from ddkmix.ranks import current_rank
     from ddkmix.report.rouge import render_rouge
-    from ddkmix.rouge import response_rouge
+    from ddkmix.rouge import answered, open_asked
 
-    answered = [response_rouge(run, student=found)]
+    # all is checked before the first of them answers
+    asked = [open_asked(run, student=found)]
     if teacher:
-        answered.append(response_rouge(run, student=found, by="teacher"))
+        asked.append(open_asked(run, student=found, by="teacher"))
+    scored = [answered(one) for one in asked]
     if current_rank()[0]:
         return
-    if answered[0].left_out:
-        print(f"ddkmix: without prompts, left out: {', '.join(answered[0].left_out)}.", file=sys.stderr)
-    print(render_rouge(answered, style))  # type: ignore[arg-type]  # checked above
+    if scored[0].left_out:
+        print(f"ddkmix: without prompts, left out: {', '.join(scored[0].left_out)}.", file=sys.stderr)
+    print(render_rouge(scored, style))  # type: ignore[arg-type]  # checked above
 
 
 def show(

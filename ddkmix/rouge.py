@@ -102,6 +102,19 @@ class ResponseRouge:
         return {"domains": own, "all_rows": self.together.to_json()}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Asked:
+    """Who answers which held-out prompts; everything that needs no model is checked."""
+
+    by: By
+    prepared: Prepared
+    cards: Mapping[str, ResponseCard]
+    held_out: Mapping[str, HeldOut]
+    left_out: tuple[str, ...]
+    """Domains without prompts."""
+    processes: Any
+
+
 def response_rouge(
     config: RunConfig, *, student: str | Path | None = None, by: By = "student"
 ) -> ResponseRouge:
@@ -123,6 +136,11 @@ def response_rouge(
         ModelError: a model cannot be used as asked.
         NumericsError: a model's logits are not finite.
     """
+    return answered(open_asked(config, student=student, by=by))
+
+
+def open_asked(config: RunConfig, *, student: str | Path | None = None, by: By = "student") -> Asked:
+    """What `response_rouge` does before it loads a model."""
     prepared = check(_greedy(config, student), only_gaps=True)
     check_models(prepared, by)
     processes = open_processes()
@@ -131,13 +149,24 @@ def response_rouge(
     rows = {name: domain.held_out for name, domain in packed.items() if domain.held_out.are_prompts}
     if not rows:
         raise ConfigError(f"none of the domains {', '.join(packed)} has prompts; add one whose documents do.")
-    cards = _cards(prepared, by, rows)
-    held_out = {name: select_rows(own, config.evaluation.rows) for name, own in rows.items()}
+    return Asked(
+        by=by,
+        prepared=prepared,
+        cards=_cards(prepared, by, rows),
+        held_out={name: select_rows(own, config.evaluation.rows) for name, own in rows.items()},
+        left_out=tuple(name for name in packed if name not in rows),
+        processes=processes,
+    )
+
+
+def answered(asked: Asked) -> ResponseRouge:
+    """Load the models, let them answer, and score: the rest of `response_rouge`."""
+    prepared, by, held_out, config = asked.prepared, asked.by, asked.held_out, asked.prepared.config
     found: dict[str, RougeRows] = {}
     done, total = 0, sum(len(own.places) for own in held_out.values())
-    with progress_bar("rouge", total=total, shown=processes.is_main_process) as bar:
+    with progress_bar("rouge", total=total, shown=asked.processes.is_main_process) as bar:
         for responder, names in _responders(prepared, by, list(held_out)).items():
-            model = load_responder(prepared, by, responder).to(processes.device)
+            model = load_responder(prepared, by, responder).to(asked.processes.device)
             for name in names:
 
                 def show(count: int, before: int = done, name: str = name) -> None:
@@ -146,7 +175,7 @@ def response_rouge(
                 found[name] = rouge_of(
                     model,
                     held_out[name],
-                    card=cards[name],
+                    card=asked.cards[name],
                     tokenizer=prepared.tokenizer,
                     batch_rows=config.generate.batch_rows,
                     storage=storage_of(config),
@@ -155,8 +184,8 @@ def response_rouge(
                 done += len(held_out[name].places)
     return ResponseRouge(
         by=by,
-        domains={name: found[name] for name in rows},
-        left_out=tuple(name for name in packed if name not in rows),
+        domains={name: found[name] for name in held_out},
+        left_out=asked.left_out,
     )
 
 

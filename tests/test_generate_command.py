@@ -109,6 +109,14 @@ def test_show_takes_shards_that_are_answered(make: Make, write_config: Write, ca
     assert "=== talk/train-1.tar#0\n" in capsys.readouterr().out
 
 
+def test_show_of_a_part_without_a_shard_shows_nothing(
+    make: Make, write_config: Write, capsys: Captured
+) -> None:
+    """A job of an array need not have one."""
+    assert ddkmix("generate", write_config(make()), "--by", "teacher", "--part", "9/9", "--show", 1) == 0
+    assert "===" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

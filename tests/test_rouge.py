@@ -425,6 +425,35 @@ def test_the_command_takes_a_config_or_a_run(
     assert all(" | - | " in line for line in lines[:2])
 
 
+def test_a_teacher_that_cannot_answer_is_found_before_the_student_has(
+    make: Make,
+    write_config: Callable[[ConfigTree], Path],
+    teacher: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is decoded for a report that cannot be printed."""
+    monkeypatch.setattr(rouge_module, "load_responder", None)  # whoever calls it fails otherwise
+    teachers = {
+        "second": {"model": str(teacher)},
+        "both": {"ensemble": {"teacher": 1, "second": 1}},
+    }
+    config = write_config(make(teachers=teachers, default_teacher="both"))
+    assert ddkmix("rouge", config, "--teacher") == 2
+    assert "the teacher 'both' is an ensemble" in capsys.readouterr().err
+
+
+def test_of_a_run_another_student_is_an_option(
+    make: Make, write_config: Callable[[ConfigTree], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An override would say nothing, because the run's own student answers."""
+    tree = make(trainer={"steps": 1, "checkpoint_steps": 1})
+    assert ddkmix("train", write_config(tree)) == 0
+    capsys.readouterr()
+    assert ddkmix("rouge", tree["run_dir"], "student.model=other") == 2
+    assert "student.model=other: of a run it is its own student" in capsys.readouterr().err
+
+
 def test_the_command_refuses_in_one_line(
     make: Make,
     write_config: Callable[[ConfigTree], Path],

@@ -49,14 +49,17 @@ def render_exchanges(job: Generating, count: int) -> str:
     decode = Tokenizer.from_file(str(job.prepared.tokenizer.path)).decode
     blocks = []
     for name, prompts in job.prompts.items():
-        store = ResponseStore({name: job.folder(name)}, {name: prompts})
         answered = (
             (number, row)
             for number, shard in enumerate(prompts.shards)
             if response_path(job.folder(name), prompts, number).exists()
             for row in range(shard.num_rows)
         )
-        for number, row in islice(answered, count):
+        shown = list(islice(answered, count))
+        if not shown:  # a part of the work need not have a shard of every domain
+            continue
+        store = ResponseStore({name: job.folder(name)}, {name: prompts})
+        for number, row in shown:
             response = store.read((name, number, row))
             texts = [
                 visible(decode(ids.tolist(), skip_special_tokens=False))

@@ -159,14 +159,18 @@ class ResponseStore:
         return cls({name: find_store(folder, wanted[name]) for name in prompts}, prompts)
 
     def missing(self) -> dict[str, int]:
-        """Shards of each domain without responses; domains without any are left out."""
-        counts = {
-            name: sum(
-                not response_path(self._folders[name], own, shard).exists()
-                for shard in range(len(own.shards))
-            )
-            for name, own in self._prompts.items()
-        }
+        """Shards of each domain without responses; domains without any are left out.
+
+        Raises:
+            DataError: a file is damaged, or answers other prompts.
+        """
+        counts = dict.fromkeys(self._prompts, 0)
+        for name, own in self._prompts.items():
+            for shard in range(len(own.shards)):
+                if response_path(self._folders[name], own, shard).exists():
+                    self._file(name, shard)
+                else:
+                    counts[name] += 1
         return {name: count for name, count in counts.items() if count}
 
     def read(self, place: Place) -> Response:
@@ -177,10 +181,7 @@ class ResponseStore:
             DataError: the shard's file is missing, damaged, or answers other prompts.
         """
         domain, shard, row = place
-        prompts = self._prompts[domain]
-        if (domain, shard) not in self._files:
-            self._files[domain, shard] = open_responses(self._folders[domain], prompts, shard)
-        file, index = self._files[domain, shard], prompts.shards[shard]
+        file, index = self._file(domain, shard), self._prompts[domain].shards[shard]
         try:
             return decode(file.record(row), self._cards[domain], index.dtype)
         except RowError as error:
@@ -188,3 +189,9 @@ class ResponseStore:
                 f"{domain}/{index.name}#{row}: its response in {file.path} is damaged: {error}. Delete that "
                 "file and generate again."
             ) from None
+
+    def _file(self, domain: str, shard: int) -> Sidecar:
+        if (domain, shard) not in self._files:
+            opened = open_responses(self._folders[domain], self._prompts[domain], shard)
+            self._files[domain, shard] = opened
+        return self._files[domain, shard]

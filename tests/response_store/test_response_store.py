@@ -204,6 +204,14 @@ def test_a_shard_without_responses_is_counted_and_named(tmp_path: Path, prompts:
     assert found.read(("math", 0, 0)).ended
 
 
+def test_a_damaged_file_is_found_with_those_that_are_missing(tmp_path: Path, prompts: LeadingTokens) -> None:
+    """Not at its first row, hours later."""
+    path = response_path(write(tmp_path, prompts), prompts, 1)
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(DataError, match=r"1\.tar"):
+        opened(tmp_path, prompts).missing()
+
+
 def test_responses_to_other_prompts_of_the_same_rows_are_others(
     tmp_path: Path, rows: DomainRows, prompts: LeadingTokens
 ) -> None:
