@@ -57,9 +57,10 @@ def main(arguments: list[str] | None = None) -> None:
         "job": asdict(nameless(job)),
         **found,
     }
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
     print(report.markdown(results))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def job_of(options: argparse.Namespace, folder: Path) -> Job:

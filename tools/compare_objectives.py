@@ -5,9 +5,10 @@
 With --first-steps every seed's student is trained with cross-entropy on the data's responses first, and all
 methods begin with that one, as in the papers; `sft` goes on with it for as many steps as the others have.
 
-Every run is `ddkmix train` with the objective's lines in the place of the config's, its measurements are
-`ddkmix rouge` and the run's own held-out losses. A run that is whole is not made again, so the tool goes on
-where it was stopped; results.json holds all numbers as they come.
+The teacher's responses must be there (`ddkmix generate CONFIG --by teacher`). Every run is `ddkmix train`
+with the objective's lines in the place of the config's; its measurements are `ddkmix rouge` and the run's
+own held-out losses. A run that is whole is not made again, so the tool goes on where it was stopped;
+results.json holds all numbers as they come.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from ddkmix.fingerprint import write_atomically
 
 SFT = ["objective={name: distill}", "loss=[{name: cross_entropy, weight: 1.0}]"]
 METHODS = {
@@ -50,8 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
         """Train and measure, unless that was done; the first run says what was before all of them."""
         run_dir = asked.out / f"{name}-{seed}"
         own = [*asked.overrides, f"seed={seed}", *overrides, f"run_dir={run_dir}"]
+        _claim(asked.out / f"{name}-{seed}.json", own)
         if not (run_dir / "student").exists():
-            resume = ["--resume"] if (run_dir / "checkpoints").exists() else []
+            resume = ["--resume"] if (run_dir / "config.yaml").exists() else []
             _ddkmix("train", str(asked.config), *own, *resume)
         first, last = _losses(run_dir)
         if "before" not in results:
@@ -59,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         student = run_dir / "student"
         after = _rouge(run_dir / "rouge.json", asked.config, own, "--student", str(student))
         results[f"{name}-{seed}"] = {**last, **after}
-        (asked.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_atomically(asked.out / "results.json", json.dumps(results, indent=1) + "\n")
         return student
 
     for seed in asked.seeds:
@@ -113,9 +117,17 @@ def _rouge(path: Path, config: Path, overrides: list[str], *options: str) -> dic
     """What `ddkmix rouge` says, kept beside the run."""
     if not path.exists():
         said = _ddkmix("rouge", str(config), *overrides, *options, "--format", "json")
-        path.write_text(said)
+        write_atomically(path, said)
     rows: dict[str, Any] = json.loads(path.read_text())["student"]["all_rows"]
     return {name: float(rows[name]) for name in ("rouge_l", "tokens", "ended")}
+
+
+def _claim(path: Path, overrides: list[str]) -> None:
+    """Write down what a run is made with; one that was made otherwise does not count as this one."""
+    said = json.dumps(overrides, indent=1)
+    if path.exists() and path.read_text() != said:
+        raise SystemExit(f"{path} says that this run was made with other settings; choose another --out.")
+    write_atomically(path, said)
 
 
 def _ddkmix(*arguments: str) -> str:

@@ -58,3 +58,12 @@ def test_every_method_is_a_config(method: str) -> None:
     config = load_config(REPO / "configs/dpkd_quickstart.yaml", tool.METHODS[method])
     assert (method if method != "sft" else "distill") == config.objective.name
     assert config.loss
+
+
+def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    """Its numbers would stand in the wrong table."""
+    path = tmp_path / "gkd-0.json"
+    for _ in range(2):
+        tool._claim(path, ["seed=0", "trainer.steps=20"])
+    with pytest.raises(SystemExit, match="made with other settings; choose another --out"):
+        tool._claim(path, ["seed=0", "trainer.steps=200"])
