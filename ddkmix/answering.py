@@ -93,6 +93,8 @@ def open_answers(
         teacher: which is asked about responses.
         accelerator: that of the run.
 
+    Raises:
+        ModelError: the student cannot decode, or its rows depend on each other.
     """
     config, names = prepared.config, tuple(packed)
     # a chat ends with its turn and plain fields with their text: either ends the student's responses anywhere
@@ -102,6 +104,8 @@ def open_answers(
         every = [own.num_tokens(i) for own in asked.prompts.values() for i in range(len(own.shards))]
         longest = max(int(lengths.max(initial=0)) for lengths in every)
         decoder = _decoder(prepared, asked, stop_ids, student, teacher, longest)
+        with accelerator.autocast():
+            decoder.prove()  # the first response may be hours away
     padding = {name: packed[name].train.padding_id for name in asked.prompts}
     return Answers(
         domains=names,
@@ -140,4 +144,5 @@ def _decoder(
         block_rows=drawn.block_rows,
         beside=beside,
         tokens=longest + max_new_tokens,
+        section="rollouts",
     )

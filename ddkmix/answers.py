@@ -1,7 +1,7 @@
 """Responses to the prompts of a step: the teacher's out of a store, the student's new or out of a buffer.
 
-An answer is a function of (seed, step, row) and of the model: ranks and micro-batches do not matter, and a
-resumed run gives the answers that the uninterrupted one gave.
+An answer is a function of (seed, step, row, the row's place in the global batch) and of the model: ranks and
+micro-batches do not matter, and a resumed run gives the answers that the uninterrupted one gave.
 """
 
 from collections import deque

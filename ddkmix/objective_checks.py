@@ -1,8 +1,12 @@
 """Whether a run has what its objective needs, as far as the config tells."""
 
+from collections.abc import Sequence
+
 from ddkmix.config import RunConfig
+from ddkmix.domains import Domain
 from ddkmix.errors import ConfigError
-from ddkmix.objectives import DistiLLM, MiniLLMObjective, Objective
+from ddkmix.losses import LossTerm
+from ddkmix.objectives import GKD, DistiLLM, MiniLLMObjective, Objective
 from ddkmix.teachers import Teachers
 
 _SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
@@ -10,15 +14,23 @@ _SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
 
 
 def check_objective(
-    objective: Objective, config: RunConfig, *, one_tokenizer: bool, teachers: Teachers
+    objective: Objective,
+    config: RunConfig,
+    *,
+    terms: Sequence[LossTerm],
+    one_tokenizer: bool,
+    teachers: Teachers,
+    domains: Sequence[Domain],
 ) -> None:
     """Refuse objectives that the rest of a config cannot serve.
 
     Args:
         objective: what `config.objective` names.
         config: the run.
+        terms: what `config.loss` names.
         one_tokenizer: whether student and teacher share theirs.
         teachers: of the run.
+        domains: of the run.
 
     Raises:
         ConfigError: the first thing that is wrong.
@@ -26,6 +38,8 @@ def check_objective(
     if not objective.needs:
         return
     name = config.objective.name
+    _check_prompts(config, domains)
+    _check_terms(objective, name, terms)
     if not one_tokenizer:
         raise ConfigError(
             f"objective {name} learns from responses in the tokens of one tokenizer, and student and teacher "
@@ -47,12 +61,33 @@ def check_objective(
             "which would cut it in two; set it to false (a row of prompts holds one of them anyway)."
         )
     _check_buffer(objective, config)
+    _check_micro_batches(config)
     if isinstance(objective, MiniLLMObjective):
         _check_policy_gradient(objective, config, teachers)
 
 
+def _check_prompts(config: RunConfig, domains: Sequence[Domain]) -> None:
+    if all(domain.rows is None and domain.prompt_response is None for domain in domains):
+        raise ConfigError(
+            f"objective {config.objective.name} learns from responses, and none of the domains "
+            f"{', '.join(domain.name for domain in domains)} has prompts; add one whose card has "
+            "`prompt_response`."
+        )
+
+
+def _check_terms(objective: Objective, name: str, terms: Sequence[LossTerm]) -> None:
+    if isinstance(objective, GKD | DistiLLM):
+        for term in terms:
+            if not term.loss.needs_teacher:
+                raise ConfigError(
+                    f"loss {term.name} with objective {name}: on the student's own responses it teaches what "
+                    "the student says already. Every term must look at the teacher; take jsd (GKD), skew_kl "
+                    "(DistiLLM) or another divergence."
+                )
+
+
 def check_processes(objective: Objective, config: RunConfig, distributed_type: str) -> None:
-    """Refuse what asks the student itself where a rank holds only a part of it.
+    """Refuse what asks the student itself, or not all ranks equally often, where each holds a part of it.
 
     Args:
         objective: what `config.objective` names.
@@ -60,12 +95,13 @@ def check_processes(objective: Objective, config: RunConfig, distributed_type: s
         distributed_type: Accelerate's, such as `MULTI_GPU` (DDP) or `FSDP`.
 
     Raises:
-        ConfigError: the student is sharded, and has to answer or to teach its teacher's modules.
+        ConfigError: the student is sharded, and has to answer, to teach its teacher's modules, or to read as
+            many rows as there are responses that say something.
     """
     kind, what = getattr(distributed_type, "value", distributed_type), None
     if config.teacher.online is not None:
         what = "teacher.online"
-    if "student_responses" in objective.needs:
+    if objective.needs:
         what = f"objective {config.objective.name}"
     if what is not None and kind in _SHARDED:
         raise ConfigError(
@@ -86,6 +122,16 @@ def _check_buffer(objective: Objective, config: RunConfig) -> None:
             f"objective.capacity = {objective.capacity}, at which the replay buffer counts as full, and "
             f"rollouts.buffer_rows = {stored}: it would never be. Make capacity at most {stored}."
         )
+
+
+def _check_micro_batches(config: RunConfig) -> None:
+    spec = config.objective.model_dump()
+    for option in ("moving_skew", "whiten"):
+        if spec.get(option) and config.trainer.microbatch_rows == 1:
+            raise ConfigError(
+                f"objective.{option} compares the rows of a micro-batch, and trainer.microbatch_rows = 1 "
+                "leaves nothing to compare with; use 2 or more, or leave it out."
+            )
 
 
 def _check_policy_gradient(objective: MiniLLMObjective, config: RunConfig, teachers: Teachers) -> None:

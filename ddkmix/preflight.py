@@ -25,7 +25,7 @@ from ddkmix.losses.hidden_consistency import HiddenConsistency
 from ddkmix.losses.hidden_match import HiddenMatch, check_layers_exist
 from ddkmix.measures import check_measures, needs_of
 from ddkmix.objective_checks import check_objective
-from ddkmix.objectives import Objective, build_objective
+from ddkmix.objectives import MiniLLMObjective, Objective, build_objective
 from ddkmix.policies import Guarded, WeightPolicy, build_policy, guarded, next_state
 from ddkmix.policies.guards import unguarded
 from ddkmix.policies.protocol import at_interval
@@ -33,7 +33,7 @@ from ddkmix.references import wanted_references
 from ddkmix.selection import Selection
 from ddkmix.selection.checks import check_selection
 from ddkmix.teachers import DEFAULT, Teachers, check_online, find_teachers
-from ddkmix.tokenizer import TokenizerCard, check_separator, tokenizer_fingerprint
+from ddkmix.tokenizer import TokenizerCard, check_separator, stop_ids, tokenizer_fingerprint
 from ddkmix.trackers import check_trackers
 from ddkmix.types import DomainLosses
 
@@ -129,10 +129,10 @@ def check(config: RunConfig, *, only_gaps: bool = False) -> Prepared:
     _check_matching(config, terms, teachers, student)
     check_student_tokenizer(config, tokenizer)
     check_prompts(domains, tokenizer, teacher_tokenizer)
-    _check_kind(config, None if only_gaps else terms, teachers, teacher_tokenizer, objective)
+    _check_kind(config, None if only_gaps else terms, teachers, teacher_tokenizer, objective, domains)
     models = {**({} if unread else _teacher_configs(teachers, teacher, tokenizer)), "student": student}
     if not two:  # else texts are cut where they are too long for one of the models
-        _check_positions(config, models)
+        _check_positions(config, models, answers=bool(objective.needs) and not only_gaps)
     sizes = {name: model["vocab_size"] for name, model in models.items() if model.get("vocab_size")}
     if teacher_tokenizer is not None:
         common_vocab({"teacher": sizes.pop("teacher")}, teacher_tokenizer.vocab_size)
@@ -146,11 +146,17 @@ def check(config: RunConfig, *, only_gaps: bool = False) -> Prepared:
         terms=terms,
         objective=objective,
         teachers=teachers,
-        vocab_size=common_vocab(sizes, tokenizer.vocab_size),
+        vocab_size=_num_classes(common_vocab(sizes, tokenizer.vocab_size), tokenizer, objective),
         measures=measures,
         references=_references(config, domains, tokenizer),
         selection=check_selection(config, tokenizer, teacher_tokenizer),
     )
+
+
+def _num_classes(common: int | None, tokenizer: TokenizerCard, objective: Objective) -> int | None:
+    """Classes of all heads that count; of a policy gradient those that are drawn, which padding is not."""
+    own = tokenizer.vocab_size if isinstance(objective, MiniLLMObjective) else None
+    return min(filter(None, (common, own)), default=None)
 
 
 def dummy_losses(domains: tuple[str, ...], gap: float = 1.0, intervals: int = 1) -> DomainLosses:
@@ -247,18 +253,16 @@ def _check_kind(
     teachers: Teachers,
     other: TokenizerCard | None,
     objective: Objective,
+    domains: Sequence[Domain],
 ) -> None:
     """What objectives and modules, of a training only, and another vocabulary ask of the teachers."""
     if terms is not None:
-        check_objective(objective, config, one_tokenizer=other is None, teachers=teachers)
+        check_objective(
+            objective, config, terms=terms, one_tokenizer=other is None, teachers=teachers, domains=domains
+        )
         asked = any(term.loss.needs_teacher for term in terms)
         check_online(config, teachers, one_tokenizer=other is None, asked=asked)
-    if other is not None:
-        _check_only_teacher(teachers, config)
-
-
-def _check_only_teacher(teachers: Teachers, config: RunConfig) -> None:
-    if list(teachers.models) != [DEFAULT]:
+    if other is not None and list(teachers.models) != [DEFAULT]:
         raise ConfigError(
             f"teachers {', '.join(teachers.models)} and student {config.student.model} have different "
             "tokenizers; with another vocabulary only the one `teacher` can be used."
@@ -284,9 +288,18 @@ def _teacher_configs(
     return configs
 
 
-def _check_positions(config: RunConfig, models: Mapping[str, dict[str, Any]]) -> None:
+def _check_positions(config: RunConfig, models: Mapping[str, dict[str, Any]], *, answers: bool) -> None:
+    """Rows fit into every model; so does a response to some prompt, where models answer."""
+    response = config.generate.max_new_tokens if answers else 0
+    if answers:
+        stop_ids(config.teacher.model, config.generate.stop, config.teacher.revision)
     for who, model in models.items():
         longest = model.get("max_position_embeddings")
+        if longest is not None and response >= longest:
+            raise ConfigError(
+                f"generate.max_new_tokens = {response} with the {longest} positions of the {who} leaves none "
+                "for a prompt; set it lower."
+            )
         if longest is not None and config.pack.seq_len > longest:
             raise ConfigError(
                 f"pack.seq_len = {config.pack.seq_len}; the {who} has {longest} positions, use at most that."

@@ -3,13 +3,14 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ddkmix.answering import open_answers, open_prompts
+from ddkmix.answering import Asked, open_answers, open_prompts
 from ddkmix.answers import ROLLOUT_VALUES
-from ddkmix.checkpoint import claim_run, config_changes, find_run, load_arrays, load_checkpoint
+from ddkmix.checkpoint import claim_run, find_run, load_arrays, load_checkpoint
 from ddkmix.config import RunConfig, dump_config
 from ddkmix.distillation import DistillationModel
 from ddkmix.errors import ConfigError
@@ -26,6 +27,7 @@ from ddkmix.restoring import restore, restore_answers, same_domains
 from ddkmix.reweighting import Reweighter
 from ddkmix.row_weights import row_weights_of
 from ddkmix.run import Run
+from ddkmix.run_changes import changes_since, config_changes
 from ddkmix.selected import record_kept
 from ddkmix.selecting import select_rows
 from ddkmix.signals import noting_signals
@@ -73,14 +75,12 @@ def train(
     checkpoint, changes = _from_main(accelerator, (found, changes))
     with accelerator.main_process_first():
         packed = open_rows(prepared, shown=accelerator.is_main_process)
+    asked = open_prompts(prepared, packed)  # before models are loaded and rows measured
     packed, kept = select_rows(prepared, packed, accelerator.device, shown=accelerator.is_main_process)
-    run = _open(prepared, packed, accelerator)
+    run = _open(prepared, packed, asked, accelerator)
     run.on_losses = on_losses
     if checkpoint is not None:
-        state, arrays = load_checkpoint(accelerator, checkpoint), load_arrays(checkpoint)
-        run.online.load(arrays, of=checkpoint, sums=same_domains(run, state) and run.main)
-        changes = [*changes, *restore(run, state, changes, allow_changes=allow_changes)]
-        changes += restore_answers(run, state, arrays, afresh=bool(changes))
+        changes = _take_up(run, checkpoint, changes, allow_changes=allow_changes)
     if run.main:
         _claim(run, _describe(run, prepared, packed), changes)
         record_kept(config.run_dir, kept)
@@ -97,6 +97,15 @@ def train(
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return losses
+
+
+def _take_up(run: Run, checkpoint: Path, changes: list[str], *, allow_changes: bool) -> list[str]:
+    """Go on from a checkpoint; all that has changed since."""
+    state, arrays = load_checkpoint(run.accelerator, checkpoint), load_arrays(checkpoint)
+    changes = [*changes, *(text for text in changes_since(state, run.config) if text not in changes)]
+    run.online.load(arrays, of=checkpoint, sums=same_domains(run, state) and run.main)
+    changes = [*changes, *restore(run, state, changes, allow_changes=allow_changes)]
+    return [*changes, *restore_answers(run, state, arrays, afresh=bool(changes))]
 
 
 def open_accelerator(config: RunConfig) -> Any:
@@ -122,14 +131,13 @@ def _from_main(accelerator: Any, value: Any) -> Any:
     return broadcast_object_list([value], from_process=0)[0]
 
 
-def _open(prepared: Prepared, packed: dict[str, PackedDomain], accelerator: Any) -> Run:
+def _open(prepared: Prepared, packed: dict[str, PackedDomain], asked: Asked | None, accelerator: Any) -> Run:
     config = prepared.config
     mixture = open_mixture(
         config, packed, rank=accelerator.process_index, world_size=accelerator.num_processes
     )
     evaluator = open_evaluator(config, held_out_rows(config, packed), accelerator.device)
     train_rows = {name: domain.train for name, domain in packed.items()}
-    asked = open_prompts(prepared, packed)
     teaching = open_teaching(prepared, train_rows, evaluator, mixture.domains)
     student = build_student(config.student, config.teacher, seed=config.seed)
     if config.trainer.gradient_checkpointing:

@@ -46,7 +46,8 @@ class Generate(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Only the likeliest classes with this share of the mass that `top_k` leaves."""
     stop: tuple[str, ...] = ()
-    """Tokens that end a response; the tokenizer's end-of-sequence token when empty."""
+    """Tokens that end a response; when empty the tokenizer's end-of-sequence token, and the one that ends a
+    turn in the domain."""
     seed: Seed = 0
     """Seeds the draws, together with the model and the row, and nothing else."""
     block_rows: PositiveInt = 16

@@ -116,7 +116,8 @@ LAYERS = {
     "reweighting": 20,
     "integrations": 21,
     # the loop and what stands around it
-    "resolved_config": 21,
+    "resolved_config": 20,
+    "run_changes": 21,
     "checkpoint": 22,
     "tracking": 22,
     "signals": 22,

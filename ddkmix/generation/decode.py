@@ -79,6 +79,7 @@ class Decoder:
         block_rows: int,
         beside: Beside | None = None,
         tokens: int | None = None,
+        section: str = "generate",
     ) -> None:
         """Nothing is computed yet.
 
@@ -92,12 +93,24 @@ class Decoder:
             beside: a model whose probabilities are mixed in (MiniLLM's teacher-mixed sampling).
             tokens: of the longest prompt with its response, where all that will be asked are known: they then
                 share slots of one length, and blocks are fuller. None: a row's slot is as long as it needs.
+            section: of the config that `block_rows` comes from, for messages.
         """
+        self._section = section
         self._tokens = tokens
         self._beside = beside
         self._model, self._sampling, self._stop = model, sampling, frozenset(stop_ids)
         self._max_new, self._num_classes, self._block_rows = max_new_tokens, num_classes, block_rows
         self._proved: set[int] = set()
+
+    def prove(self) -> None:
+        """Find out now whether the model can decode, where the length of all that will be asked is known.
+
+        Raises:
+            ModelError: see `responses`.
+        """
+        assert self._tokens is not None
+        with _evaluating(self._model):
+            self._slots(slot_length(self._tokens))
 
     def responses(self, prompts: Sequence[Prompt]) -> list[Int[np.ndarray, " _"]]:
         """The response to each prompt: at least one token, up to and with the one that ends it.
@@ -126,7 +139,7 @@ class Decoder:
         opened = [Slots(model, self._block_rows, length) for model in models]
         if length not in self._proved:
             for model, slots in zip(models, opened, strict=True):
-                prove(slots, model)
+                prove(slots, model, section=self._section)
             self._proved.add(length)
         if self._beside is None:
             return opened[0]
@@ -216,7 +229,7 @@ def slot_length(tokens: int) -> int:
 
 
 @torch.no_grad()
-def prove(slots: Slots, model: nn.Module) -> None:
+def prove(slots: Slots, model: nn.Module, *, section: str = "generate") -> None:
     """Check that slots give the model's own logits, and that neither place nor neighbours change a digit.
 
     Every slot gets the same few tokens, and then only the last one does: equal numbers in all slots, equal
@@ -247,7 +260,7 @@ def prove(slots: Slots, model: nn.Module) -> None:
     if not (torch.equal(first, first[:1].expand_as(first)) and torch.equal(first[last], second[last])):
         raise ModelError(
             f"{name}: the logits of a row depend on its place among {slots.count} rows or on the others, so "
-            "its response would depend on the batch; set generate.block_rows to a multiple of 32, or to 1."
+            f"its response would depend on the batch; set {section}.block_rows to a multiple of 32, or to 1."
         )
 
 

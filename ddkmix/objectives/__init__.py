@@ -67,7 +67,12 @@ def build_objective(spec: Mapping[str, Any]) -> Objective:
     """
     name = spec.get("name")
     if name not in PAIR_LOSSES or name not in OBJECTIVES:
-        found: Objective = build(spec, OBJECTIVES, where="objective")
+        found = build(spec, OBJECTIVES, where="objective")
+        if not isinstance(found, Objective):
+            raise ConfigError(
+                f"objective {name} is a {type(found).__name__} and has not the methods of an objective; name "
+                f"one of {', '.join(OBJECTIVES)}, or a class that has its methods."
+            )
         return found
     known = [field.name for field in fields(PairSettings)]
     shared = {key: value for key, value in spec.items() if key in known}

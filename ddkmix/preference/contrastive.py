@@ -32,7 +32,9 @@ class ContrastiveSkew:
     The paper writes e/E + tau/T for epoch and step within it: the same where there is one epoch. An easier
     response than the mean gets less skew, a divergence nearer to the KL.
 
-    Weights are scaled so that both are 1 at b = 1/2, the released form.
+    Weights are scaled so that both are 1 at b = 1/2, as in the release. Two things differ from it: a side is
+    the mean over its tokens, not over responses of their means, and the gradient goes through the student's
+    part of the reverse divergence's mixture, as the formula says; the release detaches it (read in a copy).
 
     >>> from ddkmix.preference.contrastive import ContrastiveSkew
     >>> [(term.name, term.weight) for term in ContrastiveSkew().terms(step=0, steps=100)]

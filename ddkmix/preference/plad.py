@@ -3,7 +3,8 @@
 Of the paper (arXiv 2406.02886) only the abstract could be read. The two forms are OUR RECONSTRUCTION, after
 SLiC-HF (arXiv 2305.10425), which it follows: a hinge on the difference of log-likelihoods, with a constant
 margin or one that follows the responses' quality. It adds language modelling (`ChosenNLL`) and looks at no
-log-probability of the teacher, so a teacher behind an interface serves.
+log-probability of the teacher, so in a loop of your own a teacher behind an interface serves; a run asks
+its live teacher all the same, for what it records of pairs.
 """
 
 from dataclasses import dataclass

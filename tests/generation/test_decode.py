@@ -322,7 +322,7 @@ def test_a_slot_that_kept_an_earlier_rows_keys_would_be_noticed(monkeypatch: pyt
 
     model, prompts = small_model(), prompts_of(9)
     expected = as_lists(decoder_of(model).responses(prompts))
-    monkeypatch.setattr("ddkmix.generation.decode.prove", lambda slots, model: None)
+    monkeypatch.setattr("ddkmix.generation.decode.prove", lambda slots, model, *, section: None)
     monkeypatch.setattr(slots_module.Slots, "_mask", shows_too_much)
     assert expected != as_lists(decoder_of(model).responses(prompts))
 

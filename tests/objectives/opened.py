@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from ddkmix.answering import open_prompts
 from ddkmix.config import RunConfig, load_config
 from ddkmix.preflight import check
 from ddkmix.prepare import open_rows
@@ -29,7 +30,7 @@ def open_run(config: RunConfig) -> Run:
     accelerator = open_accelerator(config)
     with accelerator.main_process_first():
         packed = open_rows(prepared, shown=False)
-    run = _open(prepared, packed, accelerator)
+    run = _open(prepared, packed, open_prompts(prepared, packed), accelerator)
     run.objective_state = run.objective.init(1.0)
     return run
 

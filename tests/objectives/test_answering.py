@@ -19,6 +19,7 @@ from ddkmix.preflight import check
 from ddkmix.prepare import open_rows
 from ddkmix.setup import train
 from tests.conftest import save_tiny_model
+from tests.objectives.conftest import OBJECTIVES_IN_RUNS
 from tests.objectives.opened import STILL, open_run
 
 MakeRun = Callable[..., RunConfig]
@@ -135,7 +136,7 @@ def test_an_ensemble_has_no_responses(make_run: MakeRun, chat_teacher: Path) -> 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
 def test_a_student_in_pieces_cannot_answer(make_run: MakeRun, kind: DistributedType) -> None:
     """Its parameters lie on several ranks; DDP's do not, and without an objective nobody asks it."""
-    for sections in (GKD, DPKD):
+    for sections in (GKD, DPKD, OBJECTIVES_IN_RUNS["seqkd"]):
         prepared = check(make_run(**sections))
         name = sections["objective"]["name"]
         with pytest.raises(
@@ -156,6 +157,27 @@ def test_a_student_in_pieces_is_refused_before_rows_are_packed(
     monkeypatch.setattr(setup, "open_accelerator", lambda config: accelerator)
     monkeypatch.setattr(setup, "open_rows", None)  # whoever calls it fails otherwise
     refused(make_run(**GKD), ConfigError, "objective gkd needs the whole student")
+
+
+def test_what_no_model_is_needed_for_is_found_by_lint(make_run: MakeRun) -> None:
+    """Before rows are packed."""
+    for sections, message in (
+        ({"generate": {"stop": ["<nonsense>"]}}, "'<nonsense>' is not a token"),
+        ({"generate": {"max_new_tokens": 256}}, "max_new_tokens = 256 with the 256 positions of the"),
+    ):
+        for objective in (GKD, DPKD):
+            with pytest.raises(ConfigError, match=message):
+                check(make_run(**objective, **sections))
+        check(make_run(**sections))  # nobody answers
+
+
+def test_the_student_is_proved_before_the_first_step(make_run: MakeRun) -> None:
+    """DistiLLM's first response may be hours away; the setting that is named is that of rollouts."""
+    run = open_run(make_run(**OBJECTIVES_IN_RUNS["distillm"]))
+    assert run.answers is not None
+    assert run.answers.decoder is not None
+    assert run.answers.decoder._proved
+    assert "rollouts" == run.answers.decoder._section
 
 
 def test_what_ends_a_response_in_any_domain_ends_the_students(make_run: MakeRun) -> None:

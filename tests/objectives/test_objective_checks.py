@@ -1,12 +1,16 @@
 """What an objective needs of a config, found before a model is loaded; every refusal is one line."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ddkmix.card import PromptResponse
 from ddkmix.config import RunConfig, Teacher, parse_config
+from ddkmix.domains import Domain
 from ddkmix.errors import ConfigError
+from ddkmix.losses import build_terms
 from ddkmix.objective_checks import check_objective
 from ddkmix.objectives import OBJECTIVES, build_objective
 from ddkmix.teachers import Teachers
@@ -17,7 +21,10 @@ ASKING = sorted({*OBJECTIVES} - {"distill"})
 
 
 def config_of(**sections: Any) -> RunConfig:
-    """A config whose files nobody looks at."""
+    """A config whose files nobody looks at, with the paper's loss where it must look at the teacher."""
+    loss = {"gkd": [{"name": "jsd"}], "distillm": [{"name": "skew_kl"}]}
+    name = sections.get("objective", {}).get("name")
+    sections = {**({"loss": loss[name]} if name in loss else {}), **sections}
     folders = [Path(name) for name in ("cache", "cards", "teacher", "run")]
     return parse_config(run_tree(*folders, **sections), where="test")
 
@@ -34,18 +41,30 @@ TWO = teachers({"a": {"a": 1.0}, "b": {"b": 1.0}}, {"code": "a", "talk": "b"})
 ENSEMBLE = teachers({"both": {"a": 0.5, "b": 0.5}}, {"code": "both", "talk": "both"})
 
 
+def rest_of(config: RunConfig, own: Teachers, one_tokenizer: bool) -> dict[str, Any]:
+    """What else is looked at: terms of the loss, and a domain of prompts."""
+    objective = build_objective(config.objective.model_dump())
+    prompts = PromptResponse(messages="messages")
+    return {
+        "terms": build_terms(config.loss, may_be_empty=objective.stands_alone),
+        "one_tokenizer": one_tokenizer,
+        "teachers": own,
+        "domains": [Domain(name="talk", card=Path("talk.yaml"), license="MIT", prompt_response=prompts)],
+    }
+
+
 def refused(message: str, config: RunConfig, *, own: Teachers = ONE, one_tokenizer: bool = True) -> None:
     """One line that holds a message."""
     objective = build_objective(config.objective.model_dump())
     with pytest.raises(ConfigError, match=message) as error:
-        check_objective(objective, config, one_tokenizer=one_tokenizer, teachers=own)
+        check_objective(objective, config, **rest_of(config, own, one_tokenizer))
     assert "\n" not in str(error.value)
 
 
 def accepted(config: RunConfig, own: Teachers = ONE, *, one_tokenizer: bool = True) -> None:
     """No error."""
     objective = build_objective(config.objective.model_dump())
-    check_objective(objective, config, one_tokenizer=one_tokenizer, teachers=own)
+    check_objective(objective, config, **rest_of(config, own, one_tokenizer))
 
 
 @pytest.mark.parametrize("name", ASKING)
@@ -102,3 +121,37 @@ def test_one_teacher_draws_with_the_student(own: Teachers) -> None:
     refused(r"teacher_share = 0.2: one teacher", config_of(objective={"name": "minillm"}), own=own)
     accepted(config_of(objective={"name": "minillm", "teacher_share": 0.0}), own)
     accepted(config_of(objective={"name": "gkd"}), own)
+
+
+@pytest.mark.parametrize("name", ["gkd", "distillm"])
+def test_every_loss_on_the_students_own_responses_looks_at_the_teacher(name: str) -> None:
+    """Cross-entropy there would teach what the student says already; elsewhere it is on the data."""
+    loss = [{"name": "forward_kl"}, {"name": "cross_entropy", "weight": 0.5}]
+    refused(f"loss cross_entropy with objective {name}: ", config_of(objective={"name": name}, loss=loss))
+    accepted(config_of(objective={"name": name}, loss=loss[:1]))
+    accepted(config_of(objective={"name": "seqkd"}, loss=loss))
+    accepted(config_of(objective={"name": "dpkd"}, loss=loss))
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_some_domain_has_prompts(name: str) -> None:
+    """As far as cards tell: packed rows may have some."""
+    config = config_of(objective={"name": name})
+    objective = build_objective(config.objective.model_dump())
+    rest = rest_of(config, ONE, one_tokenizer=True)
+    text = Domain(name="prose", card=Path("prose.yaml"), license="MIT")
+    with pytest.raises(ConfigError, match="none of the domains prose, prose has prompts"):
+        check_objective(objective, config, **{**rest, "domains": [text, text]})
+    check_objective(objective, config, **{**rest, "domains": [text, replace(text, rows="rows")]})
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("distillm2", "moving_skew"), ("minillm", "whiten")], ids=lambda value: value
+)
+def test_a_micro_batch_of_one_row_has_nothing_to_compare(name: str, option: str) -> None:
+    """Its mean is its own number."""
+    objective = {"name": name, option: True}
+    one = config_of(objective=objective, trainer={"microbatch_rows": 1})
+    refused(f"objective.{option} compares the rows .*microbatch_rows = 1", one)
+    accepted(config_of(objective=objective, trainer={"microbatch_rows": 2}))
+    accepted(config_of(objective={"name": name}, trainer={"microbatch_rows": 1}))

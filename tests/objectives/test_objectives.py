@@ -102,6 +102,7 @@ def test_parameters_reach_the_loss_and_the_pairs() -> None:
     [
         ({"name": "dpdk"}, ["objective.name = 'dpdk' is unknown", "dpkd"]),
         ({}, ["objective.name is missing"]),
+        ({"name": "ddkmix.preference.dpkd:Dpkd"}, ["is a Dpkd and has not the methods of an objective"]),
         ({"name": "chosen_nll"}, ["objective.name = 'chosen_nll' is unknown"]),
         ({"name": "dpkd", "fesh": 0.5}, ["objective (dpkd) has no parameter 'fesh'", "fresh"]),
         ({"name": "dpkd", "bta": 0.5}, ["objective (dpkd) has no parameter 'bta'", "beta"]),
