@@ -23,7 +23,7 @@ def _no_connection_left() -> Iterator[None]:
 @pytest.fixture
 def settings() -> Storage:
     """Three attempts, and little patience."""
-    return Storage(attempts=3, timeout_s=2.0)
+    return Storage(attempts=3, timeout_s=10.0)
 
 
 @pytest.fixture

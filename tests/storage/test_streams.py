@@ -26,7 +26,7 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 @pytest.fixture
 def allowed() -> Storage:
     """The opt-in, and two attempts."""
-    return Storage(attempts=2, timeout_s=1.0, allow_pipe=True)
+    return Storage(attempts=2, timeout_s=20.0, allow_pipe=True)
 
 
 def failure(command: str, folder: Path, settings: Storage) -> str:
