@@ -180,6 +180,19 @@ def test_the_student_is_proved_before_the_first_step(make_run: MakeRun) -> None:
     assert "rollouts" == run.answers.decoder._section
 
 
+def test_a_policy_gradient_weighs_what_is_drawn(make_run: MakeRun) -> None:
+    """Padding of the vocabulary is never drawn, so it has no share of the probabilities either."""
+    run = open_run(make_run(**OBJECTIVES_IN_RUNS["minillm"]))
+    prepared = check(run.config)
+    assert run.answers is not None
+    assert run.answers.decoder is not None
+    classes = prepared.tokenizer.vocab_size
+    assert classes == prepared.vocab_size == run.answers.decoder._num_classes
+    model = run.accelerator.unwrap_model(run.student)
+    assert classes < model.student.config.vocab_size
+    assert check(make_run(**DPKD)).vocab_size is None
+
+
 def test_what_ends_a_response_in_any_domain_ends_the_students(make_run: MakeRun) -> None:
     """A chat's turn and the end of a plain text are different tokens, and the decoder is one."""
     run = open_run(make_run(**GKD))
