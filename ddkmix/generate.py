@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from ddkmix.capture import Job, deal
 from ddkmix.config import RunConfig
@@ -191,19 +192,22 @@ def _is_whole(job: Generating, one: Job) -> bool:
 
 def _run(job: Generating, todo: Sequence[Job]) -> None:
     mine = deal(todo, job.world_size)[job.rank]
-    decoders: dict[str, Decoder] = {}
+    models: dict[str, nn.Module] = {}
+    decoders: dict[str, Decoder] = {}  # by store: what ends a response may differ where the model does not
     done, rows = 0, sum(one.num_rows for one in mine)
     with progress_bar("generate", total=rows, shown=job.rank == 0) as bar:
         for one in mine:
             name = job.by if job.by == "student" else job.prepared.teachers.of_domain[one.domain]
-            if name not in decoders:
-                model = load_responder(job.prepared, job.by, name).to(job.device)
-                decoders[name] = decoder_of(model, job.cards[one.domain])
+            card = job.cards[one.domain]
+            if card.key not in decoders:
+                if name not in models:
+                    models[name] = load_responder(job.prepared, job.by, name).to(job.device)
+                decoders[card.key] = decoder_of(models[name], card)
 
             def show(row: int, before: int = done, name: str = f"{one.domain} {one.path.stem}") -> None:
                 bar.update(before + row, note=name)
 
-            generate_shard(job, one, decoders[name], on_rows=show)
+            generate_shard(job, one, decoders[card.key], on_rows=show)
             done += one.num_rows
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+from ddkmix import generate as generate_module
 from ddkmix.config import parse_config
 from ddkmix.generate import generate, open_generating
 from ddkmix.report.generated import render_exchanges
@@ -64,6 +65,33 @@ def test_responses_are_made_stored_and_reported(
     again = generate(config, by)  # type: ignore[arg-type]
     assert again is not None
     assert report["total"]["tokens"] == again["talk"].tokens
+
+
+def test_every_domain_ends_its_responses_with_its_own_token(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One teacher of two domains whose turns end otherwise is loaded once, and stops where each card says."""
+    prompt_domain(
+        tmp_path / "cards",
+        [[talk("what?", "the sea")]],
+        [talk("held back", "the whale")],
+        name="verse",
+        card={"prompt_response": {"messages": "messages", "end_of_turn": "<|im_start|>"}},
+    )
+    load, whole, loaded, stops = generate_module.load_responder, generate_module.generate_shard, [], {}
+
+    def noting(job: Any, one: Any, decoder: Any, **options: Any) -> None:
+        stops[one.domain] = (job.cards[one.domain].stop_ids, tuple(sorted(decoder._stop)))
+        whole(job, one, decoder, **options)
+
+    monkeypatch.setattr(generate_module, "generate_shard", noting)
+    monkeypatch.setattr(generate_module, "load_responder", lambda *a: loaded.append(a[2]) or load(*a))
+    generate(parse_config(make(), where="test"), "teacher")
+    assert ["teacher"] == loaded
+    assert {"talk", "verse"} == set(stops)
+    assert stops["talk"][0] != stops["verse"][0]
+    for wanted, had in stops.values():
+        assert wanted == had
 
 
 def test_overrides_and_parts(make: Make, write_config: Write, capsys: Captured) -> None:
