@@ -4,7 +4,7 @@ A pair objective is a frozen dataclass whose fields are its parameters; called w
 think of the chosen and the rejected response of each pair (`ResponseScores`), it gives the loss of each
 pair. One family a file; those files load no torch when imported, so that `lint` can check a config at once.
 
-What else the issue's methods are made of stands where it belonged already:
+What else the published methods are made of stands where it belonged already:
 
 - `dpkd_token` is a loss of single tokens: `ddkmix.losses.DpkdToken`.
 - `gkd` is `jsd` on data of which a share lambda are the student's samples: `on_policy.OnPolicyShare`.
